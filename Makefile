@@ -1,0 +1,54 @@
+# make demo   the whole system end to end on this machine (make demo DATA=folder: on your own captioned images)
+# make test   every test that needs no GPU
+PYTHON  ?= python3
+VENV    ?= .venv
+PY      := $(VENV)/bin/python
+OUTPUT  ?= runs/demo
+CONFIG  ?=
+# Extra pip arguments for torch, such as --index-url with an index of CPU wheels.
+TORCH_PIP_ARGS ?=
+# One thread per test process; idle OpenMP threads must sleep instead of spinning on a shared core.
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+WORKERS  ?= 2
+
+.PHONY: demo test test-gpu lint bench build clean install
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
+	@start=$$(date +%s); \
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
+	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel || exit 1; \
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+	  $(PY) -m pip install --quiet $(TORCH_PIP_ARGS) "torch>=2.11,<2.15" || exit 1; \
+	else \
+	  echo "no NVIDIA GPU found: installing the CPU build of torch"; \
+	  $(PY) -m pip install --quiet $(TORCH_PIP_ARGS) "torch==2.13.0+cpu" 2>/dev/null \
+	    || $(PY) -m pip install --quiet $(TORCH_PIP_ARGS) "torch==2.13.0" || exit 1; \
+	fi; \
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[hf,test]" || exit 1; \
+	echo $$(( $$(date +%s) - start )) > $(VENV)/.install_seconds; \
+	touch $@; echo "installed into $(VENV) in $$(cat $(VENV)/.install_seconds) s"
+
+demo: install
+	OMP_WAIT_POLICY=PASSIVE $(PY) tools/demo.py --output $(OUTPUT) $(if $(DATA),--data $(DATA)) \
+	  $(if $(CONFIG),--config $(CONFIG)) --install-seconds $$(cat $(VENV)/.install_seconds)
+
+test: install
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "not gpu" tests
+
+test-gpu: install
+	$(PY) -m pytest -m gpu tests; status=$$?; test $$status -eq 5 && echo "no GPU tests yet" || exit $$status
+
+lint: install
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+bench: install
+	OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_train.py --preset demo --compare diffusers --json
+
+build: install
+	$(PY) setup.py build_ext --inplace
+
+clean:
+	rm -rf build *.egg-info megatron_nucleus/_C*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,117 @@
+"""Operations in C++ for a CPU (csrc): one pass over the data where torch takes several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_nucleus import _C  # noqa: F401  registers torch.ops.megatron_nucleus.*
+
+_ops = torch.ops.megatron_nucleus
+
+
+def gather_rows(x_TD: Tensor, index_N: Tensor) -> Tensor:
+    """`ops.moe_rows.gather_rows`."""
+    return x_TD.index_select(0, index_N)
+
+
+def combine_rows(base_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, index_N: Tensor) -> Tensor:
+    """`ops.moe_rows.combine_rows`."""
+    dtype = base_TD.dtype
+    rows_ND, weight_N = rows_ND.to(dtype).contiguous(), weight_N.to(dtype).contiguous()
+    return _ops.combine_rows(base_TD.contiguous(), rows_ND, weight_N, index_N.contiguous())
+
+
+def modulated_layer_norm(
+    x_BSD: Tensor, scale_BD: Tensor, eps: float, with_plain: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`ops.norm.modulated_layer_norm`."""
+    scale_BD = scale_BD.to(x_BSD.dtype).contiguous()
+    modulated_BSD, plain_BSD = _ops.modulated_layer_norm(x_BSD.contiguous(), scale_BD, eps, with_plain)
+    return modulated_BSD, plain_BSD if with_plain else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.norm.rms_norm`."""
+    # The reference rounds to a half-precision weight before the product, and widens x to a wider one.
+    x = x.to(weight.dtype).contiguous()
+    return _ops.rms_norm(x.view(-1, x.shape[-1]), weight.contiguous(), eps).view_as(x)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`ops.swiglu.swiglu`."""
+    flat = gate_up.contiguous().view(-1, gate_up.shape[-1])
+    return _ops.swiglu(flat).view(*gate_up.shape[:-1], -1)
+
+
+def expert_ffn(rows_END: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:
+    """`ops.experts.expert_ffn`."""
+    return torch.bmm(swiglu(torch.bmm(rows_END, gate_up_EDF2)), down_EFD)
+
+
+def _combine_backward(ctx, grad_TD: Tensor):
+    rows_ND, weight_N, index_N = ctx.saved_tensors
+    grad_rows, grad_weight = _ops.combine_rows_backward(grad_TD.contiguous(), rows_ND, weight_N, index_N)
+    return grad_TD, grad_rows, grad_weight, None
+
+
+def _combine_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _modulated_backward(ctx, grad_BSD: Tensor, grad_plain_BSD: Tensor):
+    x_BSD, scale_BD = ctx.saved_tensors
+    plain = grad_plain_BSD.contiguous() if ctx.with_plain else None
+    grads = _ops.modulated_layer_norm_backward(grad_BSD.contiguous(), plain, x_BSD, scale_BD, ctx.eps)
+    return *grads, None, None
+
+
+def _modulated_save(ctx, inputs, output) -> None:
+    x_BSD, scale_BD, ctx.eps, ctx.with_plain = inputs
+    ctx.save_for_backward(x_BSD, scale_BD)
+
+
+def _rms_backward(ctx, grad_ND: Tensor):
+    x_ND, weight_D = ctx.saved_tensors
+    return *_ops.rms_norm_backward(grad_ND.contiguous(), x_ND, weight_D, ctx.eps), None
+
+
+def _rms_save(ctx, inputs, output) -> None:
+    x_ND, weight_D, ctx.eps = inputs
+    ctx.save_for_backward(x_ND, weight_D)
+
+
+def _swiglu_backward(ctx, grad_NF: Tensor):
+    return _ops.swiglu_backward(grad_NF.contiguous(), ctx.saved_tensors[0])
+
+
+def _swiglu_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _register() -> None:
+    """Tell torch the shapes (for meta tensors and torch.compile) and the gradients of the C++ operations."""
+    like = torch.empty_like
+    shapes = {
+        "combine_rows": lambda base, rows, weight, index: like(base),
+        "combine_rows_backward": lambda grad, rows, weight, index: (like(rows), like(weight)),
+        "modulated_layer_norm": lambda x, scale, eps, plain: (like(x), like(x) if plain else x.new_empty(0)),
+        "modulated_layer_norm_backward": lambda grad, plain, x, scale, eps: (like(x), like(scale)),
+        "rms_norm": lambda x, weight, eps: like(x),
+        "rms_norm_backward": lambda grad, x, weight, eps: (like(x), like(weight)),
+        "swiglu": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+        "swiglu_backward": lambda grad, gate_up: like(gate_up),
+    }
+    gradients = {
+        "combine_rows": (_combine_backward, _combine_save),
+        "modulated_layer_norm": (_modulated_backward, _modulated_save),
+        "rms_norm": (_rms_backward, _rms_save),
+        "swiglu": (_swiglu_backward, _swiglu_save),
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"megatron_nucleus::{name}", shape)
+    for name, (backward, save) in gradients.items():
+        torch.library.register_autograd(f"megatron_nucleus::{name}", backward, setup_context=save)
+
+
+_register()

@@ -1,0 +1,48 @@
+"""Expert choice: every expert takes its best C tokens of each image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nucleus.core.kernels import Kernels
+from megatron_nucleus.types import Routing
+
+
+def capacity(factor: float, tokens: int, experts: int) -> int:
+    """C, rows per expert and image: max(1, ceil(factor * tokens / experts)). Never rounded up further.
+
+    Raises:
+        ValueError: an expert would take more tokens than the image has.
+    """
+    rows = max(1, math.ceil(factor * tokens / experts))
+    if rows > tokens:
+        raise ValueError(
+            f"capacity factor {factor} asks each of {experts} experts for {rows} tokens of an image that has {tokens}; "
+            f"lower model.capacity_factors to at most {experts}"
+        )
+    return rows
+
+
+class Router(nn.Module):
+    """Scores every token for every expert from the *unmodulated* token and the time embedding (decoupled routing).
+
+    A router that saw the modulated tokens would be driven by the noise level's scale instead of the content.
+    """
+
+    def __init__(self, width: int, experts: int, factor: float, use_sigmoid: bool, route_scale: float, kernels: Kernels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, 2 * width))  # columns: time embedding first, then token
+        self.factor, self.use_sigmoid, self.route_scale = factor, use_sigmoid, route_scale
+        self.kernels = kernels
+
+    def forward(self, plain_BSD: Tensor, temb_BD: Tensor) -> Routing:
+        """plain_BSD: LN(x) before modulation. Scores are computed in fp32 and rounded to the model's dtype."""
+        S = plain_BSD.shape[1]
+        features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), plain_BSD], dim=-1)
+        logits_BSE = nn.functional.linear(features, self.weight)
+        rows = capacity(self.factor, S, self.weight.shape[0])
+        index_BEC, weight_BEC = self.kernels.select_tokens(logits_BSE, rows, self.use_sigmoid, self.route_scale)
+        return Routing(index_BEC, weight_BEC, logits_BSE.float())

@@ -1,0 +1,161 @@
+"""One optimizer object over the whole model: Muon for matrices, AdamW for the rest (`param_groups.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nucleus.core.optimizer import param_groups
+from megatron_nucleus.core.optimizer.adamw import AdamW, AdamWParam
+from megatron_nucleus.core.optimizer.muon import Muon, MuonParam
+from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, SPLITS, Rule
+from megatron_nucleus.utils.config import knob
+from megatron_nucleus.utils.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer: published are Muon + AdamW, lr 1e-4 and momentum 0.95; the other defaults are our choice."""
+
+    optimizer: str = knob(
+        "muon",
+        "muon = Muon for matrices, AdamW for the rest; adamw = AdamW for all",
+        choices=("muon", "adamw"),
+    )
+    lr: float = knob(1e-4, "learning rate after warm-up, for both optimizers (published)")
+    # The published recipe has per-group factors, but their values are unknown: 1 for every group.
+    lr_factors: tuple[str, ...] = knob((), f"GROUP=FACTOR of lr; groups: {', '.join(param_groups.GROUPS)}")
+    muon_momentum: float = knob(0.95, "decay of Muon's gradient average (published)")
+    muon_use_nesterov: bool = knob(True, "Nesterov look-ahead in Muon (own choice: Keller Jordan's Muon)")
+    muon_num_ns_steps: int = knob(5, "Newton-Schulz steps (own choice: Keller Jordan's Muon)", unit="steps")
+    # Moonlight, arXiv 2502.16982: 0.2*sqrt(max(fan_in, fan_out)) gives Muon's updates the RMS of AdamW's.
+    muon_extra_scale_factor: float = knob(0.2, "RMS of a Muon update before lr; 0.2 lets AdamW share the lr")
+    muon_dtype: str = knob(
+        "auto",
+        "Newton-Schulz arithmetic; auto = bf16 on CUDA, fp32 elsewhere",
+        choices=("auto", "bf16", "fp32"),
+    )
+    # Betas, eps, weight decay and clipping are unknown: Moonlight's betas and decay, Megatron's clipping.
+    adam_beta1: float = knob(0.9, "decay of AdamW's gradient average (own choice)")
+    adam_beta2: float = knob(0.95, "decay of AdamW's squared-gradient average (own choice)")
+    adam_eps: float = knob(1e-8, "added to the root of AdamW's squared-gradient average (own choice)")
+    weight_decay: float = knob(0.1, "decoupled decay of matrices; norms and biases have none (own choice)")
+    clip_grad: float = knob(1.0, "largest global gradient norm, 0 = no clipping (own choice)")
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_extra_scale_factor", "adam_eps", "weight_decay", "clip_grad"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"optimizer.{name}: must be a number >= 0, got {getattr(self, name)}")
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"optimizer.{name}: must be in [0, 1), got {getattr(self, name)}")
+        if not 1 <= self.muon_num_ns_steps <= 20:
+            raise ConfigError(f"optimizer.muon_num_ns_steps: must be in 1..20, got {self.muon_num_ns_steps}")
+        param_groups.parse_lr_factors(self.lr_factors)
+
+
+class Optimizer:
+    """Muon and AdamW side by side. State is created at once, so a checkpoint can fill it in place.
+
+    Use `build_optimizer`.
+    """
+
+    def __init__(self, muon: Muon, adamw: AdamW, rules: dict[str, Rule], params: dict[str, nn.Parameter]):
+        self.muon, self.adamw = muon, adamw
+        self.rules = rules
+        self.params = params
+
+    def step(self, lr: float) -> None:
+        """Apply one update. lr: learning rate of this step, before the groups' factors.
+
+        Raises:
+            ConfigError: a trainable parameter has no gradient (unused by the loss, or backward has not run).
+        """
+        missing = [name for name, p in self.params.items() if p.grad is None]
+        if missing:
+            raise ConfigError(
+                f"optimizer: parameter '{missing[0]}' has no gradient ({len(missing)} in all); freeze it "
+                "with requires_grad_(False) before the optimizer is built, or use it in the loss"
+            )
+        self.muon.step(lr)
+        self.adamw.step(lr)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients (set to None: the next backward writes instead of adding)."""
+        for p in self.params.values():
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state tensors by stable name (``muon.momentum.<param>``, ``adamw.exp_avg.<param>``, ...).
+
+        The tensors are the live state: copying into them restores it. Values that are not tensors: `scalars`.
+        """
+        return self.muon.tensors() | self.adamw.tensors()
+
+    def scalars(self) -> dict[str, int]:
+        """State that is not a tensor: ``updates``, how often `step` was applied."""
+        return {"updates": self.adamw.steps}
+
+    def load_scalars(self, scalars: dict[str, int]) -> None:
+        """Inverse of `scalars`."""
+        self.adamw.steps = int(scalars["updates"])
+
+    def summary(self) -> list[dict]:
+        """One row per group: {group, optimizer, tensors, matrices, parameters}, in the table's order."""
+        rows: dict[tuple[str, str], dict] = {}
+        muon_names = {p.name for p in self.muon.params}
+        for group in param_groups.GROUPS:
+            for name, rule in self.rules.items():
+                if rule.group != group:
+                    continue
+                kind = "muon" if name in muon_names else "adamw"
+                empty = {"group": group, "optimizer": kind, "tensors": 0, "matrices": 0, "parameters": 0}
+                row = rows.setdefault((group, kind), empty)
+                row["tensors"] += 1
+                row["parameters"] += self.params[name].numel()
+                if kind == "muon":
+                    view = SPLITS[rule.split](self.params[name])
+                    row["matrices"] += view[..., 0, 0].numel()
+        return list(rows.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Assign every trainable parameter to its row of the table and create the state.
+
+    Parameters are kept in fp32 (fp64 in tests); lower precision belongs into the forward pass, because an
+    update of relative size lr is lost in a bf16 weight.
+
+    Raises:
+        ConfigError: a parameter that no row knows, or one that is not fp32.
+    """
+    factors = param_groups.parse_lr_factors(config.lr_factors)
+    muon, adamw, rules, params = [], [], {}, {}
+    for name, param, rule in param_groups.assign(model):
+        if param.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"optimizer: parameter '{name}' is {param.dtype}; keep parameters in float32 and compute "
+                "in lower precision through autocast"
+            )
+        rules[name], params[name] = rule, param
+        factor = factors.get(rule.group, 1.0)
+        decay = config.weight_decay if rule.decay else 0.0
+        if config.optimizer == "muon" and rule.split != NO_SPLIT:
+            muon.append(MuonParam(name, param, rule.split, factor, decay))
+        else:
+            adamw.append(AdamWParam(name, param, factor, decay))
+    dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.muon_dtype]
+    return Optimizer(
+        Muon(
+            muon,
+            momentum=config.muon_momentum,
+            nesterov=config.muon_use_nesterov,
+            steps=config.muon_num_ns_steps,
+            scale=config.muon_extra_scale_factor,
+            dtype=dtype,
+        ),
+        AdamW(adamw, beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps),
+        rules,
+        params,
+    )

@@ -1,0 +1,69 @@
+"""One transformer block: modulated attention, then a modulated feed-forward, each behind a bounded gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_nucleus.core.kernels import Kernels
+from megatron_nucleus.core.models.presets import ModelShape
+from megatron_nucleus.core.moe.moe_layer import MoELayer
+from megatron_nucleus.core.transformer.attention import Attention
+from megatron_nucleus.core.transformer.feed_forward import FeedForward
+from megatron_nucleus.core.transformer.norm import EPS
+from megatron_nucleus.types import Routing
+
+GATE_LIMIT = 2.0  # gates are clamped to [-2, 2] before tanh (diffusers source)
+
+
+class TransformerBlock(nn.Module):
+    """x += tanh(g1) * Attn(LN(x)*(1+s1));  x += tanh(g2) * FFN(LN(x)*(1+s2)). Scale only, no shift."""
+
+    def __init__(self, shape: ModelShape, layer: int, kernels: Kernels):
+        super().__init__()
+        D = shape.width
+        self.kernels = kernels
+        self.modulation = nn.Linear(D, 4 * D)  # rows: scale1, gate1, scale2, gate2
+        self.text_in = nn.Linear(shape.text_dim, D)
+        self.attention = Attention(shape, kernels)
+        if shape.is_moe(layer):
+            self.moe = MoELayer(shape, layer, kernels)
+        else:
+            self.feed_forward = FeedForward(D, shape.dense_hidden, kernels)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether this block routes."""
+        return hasattr(self, "moe")
+
+    def project_text(self, text_BLU: Tensor, rotation_LK: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised text features -> this block's text keys and values, [B, L, G, K] each."""
+        return self.attention.project_text(self.text_in(text_BLU), rotation_LK)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        temb_BD: Tensor,
+        act_BD: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        mask_BT: Tensor | None,
+        rotations: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Routing | None]:
+        """act_BD: silu(temb). text: normalised features [B, L, U], or this block's own (keys, values).
+
+        rotations: rotary tables of the image tokens and of the text tokens.
+        """
+        scale1, gate1, scale2, gate2 = self.modulation(act_BD).chunk(4, dim=-1)
+        text_kv = text if isinstance(text, tuple) else self.project_text(text, rotations[1])
+        modulated_BSD, _ = self.kernels.modulated_layer_norm(x_BSD, scale1, EPS)
+        x_BSD = torch.addcmul(x_BSD, _gate(gate1), self.attention(modulated_BSD, text_kv, mask_BT, rotations[0]))
+        modulated_BSD, plain_BSD = self.kernels.modulated_layer_norm(x_BSD, scale2, EPS, with_plain=self.is_moe)
+        if self.is_moe:
+            out_BSD, routing = self.moe(modulated_BSD, plain_BSD, temb_BD)
+        else:
+            out_BSD, routing = self.feed_forward(modulated_BSD), None
+        return torch.addcmul(x_BSD, _gate(gate2), out_BSD), routing
+
+
+def _gate(gate_BD: Tensor) -> Tensor:
+    return gate_BD.clamp(-GATE_LIMIT, GATE_LIMIT).tanh().unsqueeze(1)

@@ -1,0 +1,52 @@
+"""Normalisation: affine-free LayerNorm with adaptive scale, and RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (rtol, atol) every backend must meet against the references below, forward and gradients.
+TOLERANCES = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (2e-5, 1e-5),
+    torch.bfloat16: (1.6e-2, 3e-2),
+}
+
+
+def modulated_layer_norm(
+    x_BSD: Tensor, scale_BD: Tensor, eps: float, with_plain: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``LN(x) * (1 + scale)`` with one scale per image, and on request ``LN(x)`` itself.
+
+    Args:
+        x_BSD: tokens; statistics are taken over D in fp32.
+        scale_BD: adaptive scale of each image, dtype of ``x_BSD``.
+        eps: added to the variance.
+        with_plain: also return the unmodulated ``LN(x)`` (the router judges it).
+
+    Returns:
+        ``(modulated_BSD, plain_BSD)`` in the dtype of ``x_BSD``; ``plain_BSD`` is None unless asked for.
+        Source: the pre-norms of diffusers' ``NucleusMoEImageTransformerBlock``.
+    """
+    plain_BSD = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=eps)
+    modulated_BSD = plain_BSD * (1 + scale_BD.unsqueeze(1))
+    return modulated_BSD, plain_BSD if with_plain else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    Args:
+        x: [..., D], any floating dtype; the mean square is taken in fp32.
+        weight: [D]. A half-precision weight rounds the normalised ``x`` to its dtype before the product.
+        eps: added to the mean square.
+
+    Returns:
+        [..., D] in the promoted dtype of ``x`` and ``weight`` (as diffusers' ``RMSNorm``).
+    """
+    inverse_rms = torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+    normalised = x * inverse_rms
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        normalised = normalised.to(weight.dtype)
+    return normalised * weight

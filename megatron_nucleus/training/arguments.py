@@ -1,0 +1,137 @@
+"""Every setting of a training run: the sections, each declared beside the code that reads it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_nucleus.core.flow import FlowConfig
+from megatron_nucleus.core.kernels import KernelConfig
+from megatron_nucleus.core.models.presets import ModelConfig
+from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
+from megatron_nucleus.core.optimizer.schedule import ScheduleConfig
+from megatron_nucleus.data.encoders import EncoderConfig
+from megatron_nucleus.data.loader import DataConfig
+from megatron_nucleus.inference.sampler import SamplerConfig
+from megatron_nucleus.training.losses import LossConfig
+from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.utils.config import knob
+from megatron_nucleus.utils.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The run: length, batch, precision, what is written and when."""
+
+    run_dir: Path = knob(Path("runs/train"), "folder of the run; the same command again resumes it")
+    train_steps: int = knob(1000, "stop after this many optimizer steps in total", unit="steps")
+    global_batch_size: int = knob(64, "images per optimizer step over all ranks", unit="images")
+    micro_batch_size: int | None = knob(None, "images per forward pass on a rank; None = no accumulation", unit="images")
+    seed: int = knob(0, "of weights, sample order, noise, noise levels and captions")
+    device: str = knob("auto", "auto, cpu or cuda")
+    bf16: bool = knob(False, "compute in bfloat16 (autocast); weights, gradients and optimizer stay fp32")
+    cpu_threads: int | None = knob(None, "threads of one operation on a CPU; None = torch's choice")
+    log_interval: int = knob(10, "write metrics every so many steps", unit="steps")
+    save_interval: int = knob(500, "write a checkpoint every so many steps; 0 = only at the end", unit="steps")
+    sample_interval: int = knob(0, "draw preview pictures every so many steps; 0 = never", unit="steps")
+    sample_prompts: tuple[str, ...] = knob((), "prompts of the preview pictures")
+    keep_last_checkpoints: int | None = knob(None, "delete older checkpoints than these; None keeps all")
+    tensorboard: bool = knob(True, "write TensorBoard event files")
+    exit_duration_in_mins: float | None = knob(None, "save and stop (exit code 4) after this long", unit="minutes")
+    max_skipped_in_a_row: int = knob(10, "stop after so many steps in a row without a finite gradient", unit="steps")
+    peak_tflops: float | None = knob(None, "device peak for MFU; None = the table's, if it knows it", unit="TFLOP/s")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over ranks."""
+
+    expert_model_parallel_size: int = knob(1, "ranks that share one set of experts", unit="ranks")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All sections of a run, in the order of `--help`."""
+
+    training: TrainingConfig
+    model: ModelConfig
+    data: DataConfig
+    encoders: EncoderConfig
+    flow: FlowConfig
+    losses: LossConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    sampling: SamplerConfig
+    parallel: ParallelConfig
+    kernels: KernelConfig
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per forward pass on this rank."""
+        return self.training.micro_batch_size or self.training.global_batch_size
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.training.global_batch_size // self.micro_batch_size
+
+
+def parse_run(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> tuple[RunConfig, argparse.Namespace]:
+    """Add every section's flags to ``parser``, parse, merge with ``--config`` and check.
+
+    Raises:
+        ConfigError: see `utils.config.load` and `check`.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file with sections as below; flags override it")
+    cfg.add_arguments(parser, RunConfig)
+    args = parser.parse_args(argv)
+    run = cfg.load(RunConfig, args, args.config)
+    check(run)
+    return run, args
+
+
+def check(run: RunConfig) -> None:
+    """Refuse settings that do not fit each other, before anything is built.
+
+    Raises:
+        ConfigError: names the flag, its value and what is allowed.
+    """
+    t = run.training
+    for name in ("train_steps", "global_batch_size", "log_interval", "max_skipped_in_a_row"):
+        _at_least(name, getattr(t, name), 1)
+    for name in ("save_interval", "sample_interval"):
+        _at_least(name, getattr(t, name), 0)
+    if t.micro_batch_size is not None:
+        _at_least("micro_batch_size", t.micro_batch_size, 1)
+        if t.global_batch_size % t.micro_batch_size:
+            raise ConfigError(
+                f"--micro-batch-size {t.micro_batch_size} does not divide --global-batch-size {t.global_batch_size}"
+            )
+    if t.cpu_threads is not None:
+        _at_least("cpu_threads", t.cpu_threads, 1)
+    if t.keep_last_checkpoints is not None:
+        _at_least("keep_last_checkpoints", t.keep_last_checkpoints, 1)
+    if t.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {t.device}: one of auto, cpu, cuda")
+    if t.sample_interval and not t.sample_prompts:
+        raise ConfigError("--sample-interval needs --sample-prompts (or training.sample_prompts in the config file)")
+    if run.losses.moe_z_loss_coeff < 0:
+        raise ConfigError(f"--moe-z-loss-coeff {run.losses.moe_z_loss_coeff}: must not be negative")
+    if not 0 <= run.flow.sigma_uniform_frac <= 1:
+        raise ConfigError(f"--sigma-uniform-frac {run.flow.sigma_uniform_frac}: must lie in [0, 1]")
+    if run.flow.sigma_std <= 0:
+        raise ConfigError(f"--sigma-std {run.flow.sigma_std}: must be positive")
+    if run.flow.sigma_tokens_low == run.flow.sigma_tokens_high:
+        raise ConfigError(f"--sigma-tokens-low and --sigma-tokens-high are both {run.flow.sigma_tokens_low}")
+    if run.parallel.expert_model_parallel_size != 1:
+        raise ConfigError(
+            f"--expert-model-parallel-size {run.parallel.expert_model_parallel_size}: this run has one rank, "
+            "which holds every expert; allowed: 1"
+        )
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

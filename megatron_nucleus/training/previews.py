@@ -1,0 +1,26 @@
+"""Pictures while training: the same prompts and seeds each time, so that progress shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from megatron_nucleus.inference.grid import contact_sheet
+from megatron_nucleus.inference.pipeline import Pipeline
+
+
+def draw_previews(pipeline: Pipeline, prompts: tuple[str, ...], folder: Path, step: int) -> Image.Image:
+    """Write ``step_00000100.png``, a contact sheet of one picture per prompt (seed i for prompt i); returns it."""
+    was_training = pipeline.model.training
+    pipeline.model.eval()
+    try:
+        with torch.no_grad():
+            images = pipeline.generate(list(prompts), seeds=list(range(len(prompts))), progress=False)
+    finally:
+        pipeline.model.train(was_training)
+    sheet = contact_sheet(images, list(prompts))
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet.save(folder / f"step_{step:08d}.png")
+    return sheet

@@ -1,0 +1,57 @@
+"""What a checkpoint carries beside tensors, and what must agree when it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from megatron_nucleus.core.models.presets import ModelShape
+from megatron_nucleus.data.dataset import Corpus
+from megatron_nucleus.data.encoders import LatentCodec, TextEncoder
+from megatron_nucleus.training.arguments import RunConfig
+from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.initialize import git_commit, versions
+from megatron_nucleus.types import TrainState
+from megatron_nucleus.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_extra(
+    run: RunConfig, shape: ModelShape, codec: LatentCodec, text_encoder: TextEncoder, corpus: Corpus
+) -> dict:
+    """The entries of ``state.json`` that do not change while the run goes on."""
+    sampling = dataclasses.asdict(run.sampling)
+    if sampling["height"] is None:
+        sampling["height"] = run.data.resolution_px
+    if sampling["width"] is None:
+        sampling["width"] = run.data.resolution_px
+    return {
+        "seed": run.training.seed,
+        "model": dataclasses.asdict(shape),
+        "codec": codec.spec(),
+        "text_encoder": text_encoder.spec(),
+        "sampling": sampling,
+        "data": {"manifest_hash": corpus.manifest_hash},
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corpus) -> None:
+    """Fill ``state`` from the newest checkpoint, if there is one.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other data, or lies beyond ``train_steps``.
+        DataError: the checkpoint is damaged.
+    """
+    extra = saver.load_latest(state)
+    if extra is None:
+        return
+    before = extra["data"]["manifest_hash"]
+    if before != corpus.manifest_hash:
+        raise ConfigError(
+            f"--data-path {run.data.data_path}: manifest {corpus.manifest_hash[:12]} is not the one this run was "
+            f"trained on ({before[:12]}), so its sample order would change; use that data or a new --run-dir"
+        )
+    log.info("resumed at step %d (%d samples seen)", state.step, state.samples_seen)

@@ -1,0 +1,221 @@
+"""The training loop: batches in, optimizer steps, and everything a run leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_nucleus.core import flow
+from megatron_nucleus.core.models.nucleus import NucleusTransformer
+from megatron_nucleus.core.optimizer.clip import ClipReport, clip_gradients
+from megatron_nucleus.core.optimizer.optimizer import build_optimizer
+from megatron_nucleus.core.optimizer.schedule import build_schedule
+from megatron_nucleus.data.dataset import Corpus, open_corpus
+from megatron_nucleus.data.features import FeatureExtractor
+from megatron_nucleus.data.loader import build_loader
+from megatron_nucleus.inference.pipeline import Pipeline
+from megatron_nucleus.training import flops
+from megatron_nucleus.training.arguments import RunConfig
+from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.faults import SkipCounter, StopRequest
+from megatron_nucleus.training.initialize import build_encoders, build_model, initialize
+from megatron_nucleus.training.losses import flow_loss, router_z_loss
+from megatron_nucleus.training.metrics import MetricsWriter
+from megatron_nucleus.training.previews import draw_previews
+from megatron_nucleus.training.run_state import checkpoint_extra, restore
+from megatron_nucleus.types import Batch, TrainState
+from megatron_nucleus.utils.errors import StoppedError
+from megatron_nucleus.utils.memory import peak_memory_bytes
+
+log = logging.getLogger(__name__)
+
+
+class StepLosses(NamedTuple):
+    """Means over the global batch: fp32 scalar tensors, detached."""
+
+    loss: Tensor
+    flow_loss: Tensor
+    router_z_loss: Tensor
+
+
+class TrainResult(NamedTuple):
+    """What a finished run reports. loss: of the last step taken, None when there was none left to take."""
+
+    state: TrainState
+    loss: float | None
+
+
+def train(run: RunConfig) -> TrainResult:
+    """Train until ``training.train_steps``; resumes from the newest checkpoint of the run folder.
+
+    Raises:
+        ConfigError, DataError: settings or data that cannot be used, before the first step.
+        StoppedError: a signal, the time limit or repeated non-finite gradients; a checkpoint was written in the
+            first two cases.
+    """
+    device = initialize(run)
+    corpus = open_corpus(run.data.data_path)
+    codec, text_encoder = build_encoders(run, corpus.encoded, device)
+    model = build_model(run, device, text_encoder.dim)
+    state = TrainState(model, build_optimizer(model, run.optimizer))
+    saver = Checkpointer(run.training.run_dir / "checkpoints", keep_last=run.training.keep_last_checkpoints)
+    restore(state, saver, run, corpus)
+    extractor = FeatureExtractor(codec, text_encoder, model.shape.patch_size, device)
+    pipeline = Pipeline(model, codec, text_encoder, run.sampling)
+    extra = checkpoint_extra(run, model.shape, codec, text_encoder, corpus)
+    with MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard) as writer:
+        loop = Loop(run, state, saver, extractor, pipeline, writer, extra, device)
+        return TrainResult(state, loop.run_to_end(corpus))
+
+
+class Loop:
+    """The parts that one optimizer step needs; built by `train`."""
+
+    def __init__(self, run, state, saver, extractor, pipeline, writer: MetricsWriter, extra: dict, device):
+        self.run, self.state, self.saver, self.extractor = run, state, saver, extractor
+        self.pipeline, self.writer, self.extra, self.device = pipeline, writer, extra, device
+        t = run.training
+        self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
+        self.skips = SkipCounter(t.max_skipped_in_a_row)
+        self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else flops.device_peak_flops(device)
+
+    def run_to_end(self, corpus: Corpus) -> float | None:
+        """All remaining steps; returns the last loss."""
+        run, state, t = self.run, self.state, self.run.training
+        loader = build_loader(
+            run.data, corpus, seed=t.seed, global_batch_size=t.global_batch_size,
+            micro_batch_size=run.micro_batch_size, start_samples=state.samples_seen,
+        )  # fmt: skip
+        losses, saved_step = None, state.step
+        bar = tqdm(total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
+        with StopRequest(t.exit_duration_in_mins) as stop, bar:
+            timer = StepTimer()
+            batches = iter(loader)
+            while state.step < t.train_steps:
+                lr = self.schedule(state.samples_seen)
+                losses, report, batch, step_flops = self.train_step(batches, lr)
+                timer.add(t.global_batch_size, step_flops)
+                bar.update()
+                if due(state.step, t.log_interval) or state.step == t.train_steps:
+                    self.log(losses, report, batch, lr, timer, bar)
+                if due(state.step, t.sample_interval):
+                    self.preview()
+                reason = stop.due()
+                if due(state.step, t.save_interval) or reason or state.step == t.train_steps:
+                    self.saver.save(state, self.extra)
+                    saved_step = state.step
+                if reason and state.step < t.train_steps:
+                    raise StoppedError(f"{reason}: saved step {saved_step}; the same command resumes it")
+                timer.exclude_pause()
+        return None if losses is None else float(losses.loss)
+
+    def train_step(self, batches: Iterator, lr: float) -> tuple[StepLosses, ClipReport, Batch, int]:
+        """One optimizer step over ``accumulation_steps`` micro-batches."""
+        state, run = self.state, self.run
+        state.model.train()
+        state.optimizer.zero_grad()
+        total, step_flops = None, 0
+        for _ in range(run.accumulation_steps):
+            batch = self.extractor.extract(next(batches))
+            losses = forward_backward(state.model, batch, run, 1.0 / run.accumulation_steps)
+            total = losses if total is None else StepLosses(*(a + b for a, b in zip(total, losses, strict=True)))
+            tokens, text_tokens = batch.latents_BSP.shape[1], batch.text.features_BLU.shape[1]
+            step_flops += len(batch.draws) * flops.training_flops_per_image(state.model.shape, tokens, text_tokens)
+        report = clip_gradients(state.optimizer.params.values(), run.optimizer.clip_grad)
+        finite = bool(report.finite & torch.isfinite(total.loss))
+        if finite:
+            state.optimizer.step(lr)
+        state.step += 1
+        state.samples_seen += run.training.global_batch_size
+        state.skipped += not finite
+        self.skips.record(not finite, state.step)
+        return total, report, batch, step_flops
+
+    def log(self, losses: StepLosses, report: ClipReport, batch: Batch, lr: float, timer: StepTimer, bar: tqdm) -> None:
+        """One row of metrics.jsonl and TensorBoard, and the progress bar's figures."""
+        step_s, samples_per_s, flops_per_s = timer.take()
+        row = {
+            "step": self.state.step,
+            "samples_seen": self.state.samples_seen,
+            "loss": float(losses.loss),
+            "flow_loss": float(losses.flow_loss),
+            "router_z_loss": float(losses.router_z_loss),
+            "grad_norm": float(report.norm),
+            "lr": lr,
+            "step_s": step_s,
+            "samples_per_s": samples_per_s,
+            "model_tflops_per_device": flops_per_s / 1e12,
+            "mfu": flops_per_s / self.peak_flops if self.peak_flops else None,
+            "skipped": self.state.skipped,
+            "bucket": batch.bucket,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "timestamp": time.time(),
+        }
+        self.writer.write(row)
+        bar.set_postfix_str(f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")
+
+    def preview(self) -> None:
+        """Draw the preview prompts with the weights as they are."""
+        t = self.run.training
+        sheet = draw_previews(self.pipeline, t.sample_prompts, t.run_dir / "samples", self.state.step)
+        self.writer.image("samples", sheet, self.state.step)
+
+
+def forward_backward(model: NucleusTransformer, batch: Batch, run: RunConfig, share: float) -> StepLosses:
+    """Add one micro-batch's gradient; returns its losses times ``share`` (its part of the global batch).
+
+    Noise and noise level of a sample depend on (seed, draw) alone.
+    """
+    clean_BSP = batch.latents_BSP
+    seed, device = run.training.seed, clean_BSP.device
+    noise_BSP = flow.sample_noise(seed, batch.draws, tuple(clean_BSP.shape[1:])).to(device, non_blocking=True)
+    sigma_B = flow.sample_sigma(run.flow, seed, batch.draws, clean_BSP.shape[1]).to(device, non_blocking=True)
+    with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
+        noisy_BSP = flow.add_noise(clean_BSP, noise_BSP, sigma_B)
+        velocity_BSP, routings = model(noisy_BSP, sigma_B, batch.text, batch.grid, return_routing=True)
+    flow_part = flow_loss(velocity_BSP, flow.velocity_target(clean_BSP, noise_BSP))
+    z_part = router_z_loss(routings)
+    loss = flow_part + run.losses.moe_z_loss_coeff * z_part
+    (loss * share).backward()
+    return StepLosses(*(share * x.detach() for x in (loss, flow_part, z_part)))
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether ``step`` falls on ``interval``; 0 means never."""
+    return interval > 0 and step % interval == 0
+
+
+class StepTimer:
+    """Mean step time between two log rows, without the pauses for saving and previews."""
+
+    def __init__(self):
+        self._reset()
+        self._mark = time.perf_counter()
+
+    def add(self, samples: int, step_flops: int) -> None:
+        """Count one step that ends now."""
+        now = time.perf_counter()
+        self._seconds += now - self._mark
+        self._mark = now
+        self._steps += 1
+        self._samples += samples
+        self._flops += step_flops
+
+    def exclude_pause(self) -> None:
+        """What happened since the last `add` was no training."""
+        self._mark = time.perf_counter()
+
+    def take(self) -> tuple[float, float, float]:
+        """(seconds per step, samples per second, FLOP/s) since the last call."""
+        out = (self._seconds / self._steps, self._samples / self._seconds, self._flops / self._seconds)
+        self._reset()
+        return out
+
+    def _reset(self) -> None:
+        self._seconds, self._steps, self._samples, self._flops = 0.0, 0, 0, 0

@@ -1,0 +1,50 @@
+"""What every program in ``tools/`` shares: one-line errors, exit codes and the ``--json`` line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_nucleus.utils.errors import UserError
+
+
+def add_json_flag(parser: Any) -> None:
+    """Add ``--json``: print one machine-readable object as the last line of stdout."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+
+
+def print_json(result: dict) -> None:
+    """Print ``result`` as one line, floats with full precision."""
+    sys.stdout.flush()
+    print(json.dumps(result, allow_nan=False, default=str), flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callable for (bytes done, bytes in all) that draws a bar on stderr; silent when that is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; turn a UserError into one line on stderr and its exit code (2, 3 or 4).
+
+    Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)

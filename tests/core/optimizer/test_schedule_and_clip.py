@@ -1,0 +1,79 @@
+"""Warm-up on the sample clock, and the global gradient norm."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_nucleus.core.optimizer.clip import clip_gradients, global_norm
+from megatron_nucleus.core.optimizer.schedule import ScheduleConfig, build_schedule
+from megatron_nucleus.utils.errors import ConfigError
+
+
+def test_warm_up_is_linear_then_constant():
+    schedule = build_schedule(ScheduleConfig(), lr=1e-4, global_batch_size=4096)  # the published recipe
+    assert schedule(0) == pytest.approx(1e-7)
+    assert schedule(499 * 4096) == pytest.approx(5e-5)
+    assert schedule(999 * 4096) == pytest.approx(1e-4)
+    assert schedule(10**9) == 1e-4
+    rates = [schedule(k * 4096) for k in range(1000)]
+    assert all(math.isclose(b - a, 1e-7, rel_tol=1e-6) for a, b in itertools.pairwise(rates))
+
+
+def test_no_warm_up_and_the_clock_is_samples_not_steps():
+    assert build_schedule(ScheduleConfig(lr_warmup_steps=0), 0.5, 64)(0) == 0.5
+    small = build_schedule(ScheduleConfig(lr_warmup_steps=100), 1.0, 32)
+    large = build_schedule(ScheduleConfig(lr_warmup_steps=50), 1.0, 64)
+    assert small(1600 - 32) == large(1600 - 64) == 0.5
+    with pytest.raises(ConfigError, match="lr_warmup_steps"):
+        ScheduleConfig(lr_warmup_steps=-1)
+
+
+def make_params(scale: float) -> list[nn.Parameter]:
+    params = [nn.Parameter(torch.zeros(s)) for s in [(3, 4), (7,), (2, 3, 5)]] + [
+        nn.Parameter(torch.zeros(2))
+    ]
+    for i, p in enumerate(params[:-1]):  # the last one has no gradient
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * scale
+    return params
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 1e4])
+def test_clipping_equals_torch(scale):
+    ours, theirs = make_params(scale), make_params(scale)
+    report = clip_gradients(ours, 1.0)
+    norm = nn.utils.clip_grad_norm_(theirs, 1.0)
+    torch.testing.assert_close(report.norm, norm)
+    assert bool(report.finite)
+    for a, b in zip(ours[:-1], theirs[:-1], strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert float(global_norm([p.grad for p in ours[:-1]])) <= 1.0 + 1e-5
+    assert ours[-1].grad is None
+
+
+def test_zero_measures_without_clipping():
+    params = make_params(100.0)
+    before = [p.grad.clone() for p in params[:-1]]
+    norm = clip_gradients(params, 0.0).norm
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=False))
+    assert float(norm) == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in before)), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_single_bad_value_is_seen(bad):
+    params = make_params(1.0)
+    params[2].grad[1, 2, 3] = bad
+    report = clip_gradients(params, 1.0)
+    assert not bool(report.finite)
+    assert report.finite.dtype == torch.bool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_of_many_values_does_not_lose_them(dtype):
+    values = torch.full((1_000_000,), 0.01, dtype=dtype)
+    norm = global_norm([values, values[:10]])
+    assert float(norm) == pytest.approx(float(values[0]) * math.sqrt(1_000_010), rel=1e-6)
+    assert norm.dtype == torch.float32
+    assert float(global_norm([])) == 0.0
