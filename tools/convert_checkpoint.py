@@ -24,11 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="run folder, one checkpoint, a merged folder, or a diffusers folder (also a pipeline with transformer/)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--to", required=True, choices=("hf", "native"), help="hf = diffusers folder; native = ours")
+    parser.add_argument(
+        "--to", required=True, choices=("hf", "native"), help="hf = diffusers folder; native = ours"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file [default 5GB]")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="convert values too [default: keep every bit]")
     parser.add_argument(
-        "--skip-checksums", action="store_true", help="do not compare SHA-256 of native input (sizes always are)"
+        "--skip-checksums",
+        action="store_true",
+        help="do not compare SHA-256 of native input (sizes always are)",
     )
     add_json_flag(parser)
     args = parser.parse_args(argv)

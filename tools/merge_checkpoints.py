@@ -18,7 +18,9 @@ from megatron_nucleus.utils.errors import ConfigError
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, merge, print."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--checkpoints", required=True, metavar="DIR", help="run folder or its checkpoints folder")
+    parser.add_argument(
+        "--checkpoints", required=True, metavar="DIR", help="run folder or its checkpoints folder"
+    )
     parser.add_argument("--last", type=int, metavar="N", help="merge the N newest checkpoints")
     parser.add_argument("--steps", type=int, nargs="+", metavar="STEP", help="merge exactly these steps")
     parser.add_argument("--weights", default="inverse_sqrt", choices=SCHEMES, help="[default inverse_sqrt]")
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file [default 5GB]")
-    parser.add_argument("--skip-checksums", action="store_true", help="do not compare SHA-256 (sizes always are)")
+    parser.add_argument(
+        "--skip-checksums", action="store_true", help="do not compare SHA-256 (sizes always are)"
+    )
     add_json_flag(parser)
     args = parser.parse_args(argv)
     if args.ema_decay is not None and args.weights != "ema":
@@ -49,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     for path, weight in zip(result["inputs"], result["weights"], strict=True):
         print(f"{weight:.6f}  {path}")
-    print(f"{result['output']}: average of {len(result['inputs'])} checkpoints, {result['bytes'] / 1e9:.3f} GB")
+    print(
+        f"{result['output']}: average of {len(result['inputs'])} checkpoints, {result['bytes'] / 1e9:.3f} GB"
+    )
     if args.json:
         print_json(result)
 

@@ -34,7 +34,9 @@ class FlowConfig:
 
 def sigma_mean(config: FlowConfig, tokens: int) -> float:
     """Mean of logit(sigma) for an image of ``tokens`` tokens: linear through the two anchors, extrapolated."""
-    slope = (config.sigma_mean_high - config.sigma_mean_low) / (config.sigma_tokens_high - config.sigma_tokens_low)
+    slope = (config.sigma_mean_high - config.sigma_mean_low) / (
+        config.sigma_tokens_high - config.sigma_tokens_low
+    )
     return config.sigma_mean_low + slope * (tokens - config.sigma_tokens_low)
 
 

@@ -28,7 +28,7 @@ def unpack(tokens_BSP: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor
     """Inverse of `pack`: ([B, S, P], grid) -> [B, C, H, W]."""
     B, S, P = tokens_BSP.shape
     h, w = grid
-    if S != h * w:
+    if h * w != S:
         raise ConfigError(f"{S} tokens do not form a grid of {h} x {w}")
     C = P // (patch_size * patch_size)
     x = tokens_BSP.reshape(B, h, w, C, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)

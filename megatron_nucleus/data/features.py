@@ -1,4 +1,4 @@
-"""Frozen encoders applied to a batch: pixels and captions, or stored features, become what the model trains on."""
+"""Frozen encoders applied to a batch: pixels and captions, or stored features, become the model's input."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class ShardFile:
 
 
 class ShardWriter:
-    """Writes one aspect bucket's samples to ``<root>/shards/<bucket>-NNNNN.tar``, a new file per ``max_bytes``.
+    """Writes one bucket's samples to ``<root>/shards/<bucket>-NNNNN.tar``, a new file per ``max_bytes``.
 
     A sample is never split: a shard is closed before the sample that would pass ``max_bytes``.
     """

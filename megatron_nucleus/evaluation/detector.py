@@ -1,8 +1,8 @@
 """Which objects a picture of a scene shows, read from its pixels: the detector of the embedded benchmark.
 
 The background is the median of the border. Every pixel is explained as a mixture of the background and the
-palette colour that fits it best; what is more than half colour is foreground. Connected foreground is an object,
-its colour is the palette colour nearest to its core, its shape the template that overlaps it best.
+palette colour that fits it best; what is more than half colour is foreground. Connected foreground is an
+object, its colour is the palette colour nearest to its core, its shape the template that overlaps it best.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _MIN_FIT = 0.7  # overlap with the best template below which a shape has no name
 _MAX_ASPECT = 1.6  # a longer box holds no circle, square or triangle of this world
 _SPLIT_FIT = 0.85  # a better fit than this is one object, whatever its outline
 _SECOND_COLOR_FRAC = 0.2  # share of the core above which another colour is another object
+_THINNEST_PX = 1.5  # a line has no shape
 _WINDOW_PX = 2
 _SOFTNESS_PX = (1.0, 2.0, 3.0)  # width of an edge: antialiased, and blurred by a codec or a model
 _MOMENTS = {  # area of the shape in its box of side 1, and its standard deviations along x and y
@@ -56,7 +57,12 @@ def detect(pixels: np.ndarray) -> list[Detection]:
     Raises:
         ValueError: another shape or type.
     """
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or min(pixels.shape[:2]) < MIN_SIDE_PX:
+    if (
+        pixels.ndim != 3
+        or pixels.shape[2] != 3
+        or pixels.dtype != np.uint8
+        or min(pixels.shape[:2]) < MIN_SIDE_PX
+    ):
         raise ValueError(
             f"expected uint8 RGB pixels [height, width, 3] of at least {MIN_SIDE_PX} px, "
             f"got {pixels.dtype} {list(pixels.shape)}"
@@ -78,12 +84,13 @@ def detect(pixels: np.ndarray) -> list[Detection]:
 
 def _grow(window: tuple[slice, slice], size: tuple[int, ...]) -> tuple[slice, slice]:
     return tuple(
-        slice(max(w.start - _WINDOW_PX, 0), min(w.stop + _WINDOW_PX, n)) for w, n in zip(window, size, strict=True)
+        slice(max(w.start - _WINDOW_PX, 0), min(w.stop + _WINDOW_PX, n))
+        for w, n in zip(window, size, strict=True)
     )
 
 
 def _unmix(image: np.ndarray, background_3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share [height, width] and index of the palette colour that best explains each pixel over the background.
+    """Share [height, width] and index of the palette colour that best explains each pixel.
 
     A pixel is p = background + share * (colour - background) + residual, 0 <= share <= 1; the colour with the
     smallest residual wins.
@@ -135,13 +142,14 @@ def _describe(
     if mask.sum() < min_area:
         return []
     whole = _name(image, mask, foreground & ~mask, background_3, window)
-    if whole.fit >= _SPLIT_FIT:
+    if whole.shape is not None and whole.fit >= _SPLIT_FIT:
         return [whole]
     parts = [part for part in _by_neck(mask) if part.sum() >= min_area]
     if len(parts) < 2:
         return [whole]
     split = [_name(image, part, foreground & ~part, background_3, window) for part in parts]
-    return split if min(d.fit for d in split) > whole.fit else [whole]
+    better = min(d.fit for d in split) > (whole.fit if whole.shape is not None else _MIN_FIT)
+    return split if better else [whole]
 
 
 def _by_neck(mask: np.ndarray) -> list[np.ndarray]:
@@ -158,9 +166,13 @@ def _by_neck(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _name(
-    image: np.ndarray, mask: np.ndarray, others: np.ndarray, background_3: np.ndarray, window: tuple[slice, slice]
+    image: np.ndarray,
+    mask: np.ndarray,
+    others: np.ndarray,
+    background_3: np.ndarray,
+    window: tuple[slice, slice],
 ) -> Detection:
-    """Colour and shape of one mask; ``others`` marks the window's foreground that belongs to other objects."""
+    """Colour and shape of one mask; ``others`` marks foreground that belongs to other objects."""
     core_3 = np.median(image[_core(mask)], axis=0)
     distance_K = np.sqrt(((_PALETTE_K3 - core_3) ** 2).sum(axis=1))
     color = _NAMES[int(distance_K.argmin())] if distance_K.min() <= _UNKNOWN_COLOR else None
@@ -179,15 +191,20 @@ def _name(
 def _best_shape(alpha: np.ndarray) -> tuple[str | None, float, float]:
     """The shape whose template overlaps the soft mask best, that overlap, and its width over its height.
 
-    A template has the soft mask's centroid, area and ratio of second moments, all of which a blur leaves (almost)
+    A template has the soft mask's centroid, area and ratio of second moments, which a blur leaves nearly
     as they are, unlike the box; its edges are tried sharp and soft.
     """
     area = float(alpha.sum())
+    if area < 1:  # nothing stands out: the median colour of speckle can equal the background
+        return None, 0.0, 1.0
     y = np.arange(alpha.shape[0], dtype=np.float32)[:, None] + 0.5
     x = np.arange(alpha.shape[1], dtype=np.float32) + 0.5
     center_x, center_y = float((alpha * x).sum()) / area, float((alpha * y).sum()) / area
     dx, dy = x - center_x, y - center_y
-    spread = math.sqrt(float((alpha * dx * dx).sum()) / max(float((alpha * dy * dy).sum()), 1e-6))
+    spread_xx, spread_yy = float((alpha * dx * dx).sum()) / area, float((alpha * dy * dy).sum()) / area
+    if min(spread_xx, spread_yy) < _THINNEST_PX**2 / 12:
+        return None, 0.0, 1.0
+    spread = math.sqrt(spread_xx / spread_yy)
     best: tuple[str | None, float, float] = (None, 0.0, spread)
     for shape in SHAPES:
         fill, spread_x, spread_y = _MOMENTS[shape]
@@ -204,7 +221,7 @@ def _best_shape(alpha: np.ndarray) -> tuple[str | None, float, float]:
 def _template(
     shape: str, dx: np.ndarray, dy: np.ndarray, half_x: float, half_y: float, soft_px: float
 ) -> np.ndarray:
-    """Coverage [height, width] of a shape with box 2 half_x * 2 half_y around its centroid, edges soft_px wide."""
+    """Coverage [height, width] of a shape 2 half_x wide and 2 half_y high at its centroid."""
 
     def inside(distance_px: np.ndarray) -> np.ndarray:
         return np.clip(0.5 - distance_px / soft_px, 0, 1)

@@ -8,7 +8,11 @@ Source: diffusers 0.42.1, transformer_nucleusmoe_image.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from megatron_nucleus.core.models.presets import DENSE_STRATEGIES, ModelShape
 from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
@@ -71,7 +75,12 @@ _MOE = (
     Rule("moe.router.weight", "img_mlp.gate.weight", ("E", "2D")),
     Rule("moe.experts.gate_up", "img_mlp.experts.gate_up_proj", ("E", "D", "2F")),
     Rule("moe.experts.down", "img_mlp.experts.down_proj", ("E", "F", "D")),
-    Rule("moe.shared_expert.gate_up.weight", "img_mlp.shared_expert.net.0.proj.weight", ("2F", "D"), swap_halves=True),
+    Rule(
+        "moe.shared_expert.gate_up.weight",
+        "img_mlp.shared_expert.net.0.proj.weight",
+        ("2F", "D"),
+        swap_halves=True,
+    ),
     Rule("moe.shared_expert.down.weight", "img_mlp.shared_expert.net.2.weight", ("D", "F")),
 )
 _HEAD = (
@@ -164,11 +173,15 @@ def from_diffusers_config(config: dict[str, Any], where: str) -> ModelShape:
         DataError: another class, an unknown key or strategy, or an architecture that we cannot build.
     """
     if config.get("_class_name") != CLASS_NAME:
-        raise DataError(f"{where}: _class_name is {config.get('_class_name')!r}; only {CLASS_NAME} can be read")
+        raise DataError(
+            f"{where}: _class_name is {config.get('_class_name')!r}; only {CLASS_NAME} can be read"
+        )
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     for key in values:
         if key not in _UPSTREAM_DEFAULTS:
-            raise DataError(f"{where}: unknown key '{key}'{nearest(key, _UPSTREAM_DEFAULTS)}; remove it or correct it")
+            raise DataError(
+                f"{where}: unknown key '{key}'{nearest(key, _UPSTREAM_DEFAULTS)}; remove it or correct it"
+            )
     c = {**_UPSTREAM_DEFAULTS, **values}
     strategy = c["dense_moe_strategy"] if c["moe_enabled"] else "all_dense"
     if strategy not in DENSE_STRATEGIES:
@@ -209,7 +222,23 @@ def _build_shape(c: dict[str, Any], strategy: str, where: str) -> ModelShape:
         dense_moe_strategy=strategy,
         num_experts=int(c["num_experts"]),
         moe_intermediate_dim=int(c["moe_intermediate_dim"]),
-        capacity_factors=tuple(float(f) for f in factors[:layers]),  # upstream ignores values past the last layer
+        capacity_factors=tuple(
+            float(f) for f in factors[:layers]
+        ),  # upstream ignores values past the last layer
         use_sigmoid=bool(c["use_sigmoid"]),
         route_scale=float(c["route_scale"]),
     )
+
+
+def to_native_state(diffusers_state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """A diffusers state dict (or anything shaped like one, such as its gradients) under our names and layout."""
+    return {k.native: _swap(diffusers_state[k.diffusers], k.swap_halves) for k in keys(shape)}
+
+
+def to_diffusers_state(native_state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """Inverse of `to_native_state`."""
+    return {k.diffusers: _swap(native_state[k.native], k.swap_halves) for k in keys(shape)}
+
+
+def _swap(tensor: Tensor, swap_halves: bool) -> Tensor:
+    return torch.cat(tensor.chunk(2, dim=0)[::-1]) if swap_halves else tensor

@@ -46,7 +46,9 @@ def load_model(
         DataError: a file or tensor is missing, truncated, altered, unexpected or of the wrong shape.
     """
     if dtype is not None and not dtype.is_floating_point:
-        raise ConfigError(f"dtype {dtype}: weights need a floating type such as torch.float32 or torch.bfloat16")
+        raise ConfigError(
+            f"dtype {dtype}: weights need a floating type such as torch.float32 or torch.bfloat16"
+        )
     description, weights = open_checkpoint(path, checksums)
     kernels = kernels or resolve_kernels(device_type=torch.device(device).type)
     with torch.device("meta"):

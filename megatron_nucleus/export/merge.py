@@ -49,7 +49,9 @@ def merge_weights(scheme: str, count: int, ema_decay: float = DEFAULT_EMA_DECAY)
         ConfigError: unknown scheme, or a value out of range.
     """
     if scheme not in SCHEMES:
-        raise ConfigError(f"--weights {scheme}: unknown{nearest(scheme, SCHEMES)}; one of: {', '.join(SCHEMES)}")
+        raise ConfigError(
+            f"--weights {scheme}: unknown{nearest(scheme, SCHEMES)}; one of: {', '.join(SCHEMES)}"
+        )
     if count < 1:
         raise ConfigError(f"--last {count}: must be at least 1")
     if not 0.0 < ema_decay < 1.0:
@@ -75,7 +77,9 @@ def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequenc
     folder = native.checkpoints_folder(checkpoints)
     found = native.list_steps(folder) if folder else []
     if not found:
-        raise ConfigError(f"--checkpoints {checkpoints}: holds no step_* folders; name a run folder or its checkpoints")
+        raise ConfigError(
+            f"--checkpoints {checkpoints}: holds no step_* folders; name a run folder or its checkpoints"
+        )
     if (last is None) == (steps is None):
         raise ConfigError("give exactly one of --last N and --steps STEP ...")
     if last is not None:
@@ -180,7 +184,9 @@ def _weighted_sum(name: str, inputs: list[Weights], factors: list[float], low: i
     return total.to(rows.dtype)
 
 
-def _check_same_model(a: tuple[CheckpointDescription, Weights], b: tuple[CheckpointDescription, Weights]) -> None:
+def _check_same_model(
+    a: tuple[CheckpointDescription, Weights], b: tuple[CheckpointDescription, Weights]
+) -> None:
     for what in ("shape", "codec", "text_encoder"):
         ours, theirs = getattr(a[0], what), getattr(b[0], what)
         if ours != theirs:

@@ -64,7 +64,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if path.is_file() and path.name == "latest":
         path = path.parent
     if not path.exists():
-        raise ConfigError(f"checkpoint {path}: no such folder; name a run folder, a checkpoint or a diffusers folder")
+        raise ConfigError(
+            f"checkpoint {path}: no such folder; name a run folder, a checkpoint or a diffusers folder"
+        )
     if not path.is_dir():
         raise ConfigError(f"checkpoint {path}: is a file; name the folder of the run or of the checkpoint")
     if is_step_folder(path):
@@ -89,25 +91,35 @@ def newest_checkpoint(folder: Path) -> Path:
         return list_steps(folder)[-1]
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not _STEP_NAME.fullmatch(name):
-        raise DataError(f"{pointer}: should hold a name such as step_00001200, found {name[:40]!r}; {advice(folder)}")
+        raise DataError(
+            f"{pointer}: should hold a name such as step_00001200, found {name[:40]!r}; {advice(folder)}"
+        )
     step = folder / name
     if not step.is_dir():
         raise DataError(f"{step}: missing although {pointer} names it; {advice(step)}")
     return step
 
 
-def advice(damaged: Path) -> str:
-    """What to do about a damaged checkpoint: the newest other complete one beside it, older ones first."""
-    folder = damaged.parent if _STEP_NAME.fullmatch(damaged.name) else damaged
-    steps = [s for s in list_steps(folder) if s != damaged]
-    older = [s for s in steps if s.name < damaged.name] if folder != damaged else steps
-    for step in [*reversed(older), *(s for s in steps if s not in older)]:
+def find_complete(damaged: Path) -> Path | None:
+    """The newest complete checkpoint beside ``damaged`` (a step folder or a checkpoints folder), older ones first."""
+    named = _STEP_NAME.fullmatch(damaged.name) is not None
+    others = [s for s in list_steps(damaged.parent if named else damaged) if s != damaged]
+    older = [s for s in others if not named or s.name < damaged.name]
+    for step in [*reversed(older), *(s for s in others if s not in older)]:
         try:
             verify(step)
         except UserError:
             continue
-        return f"use {step}, which is complete"
-    return "copy it again from where it came from; no other complete checkpoint is beside it"
+        return step
+    return None
+
+
+def advice(damaged: Path) -> str:
+    """What to do about a damaged checkpoint, as the end of a message."""
+    step = find_complete(damaged)
+    if step is None:
+        return "copy it again from where it came from; no other complete checkpoint is beside it"
+    return f"use {step}, which is complete"
 
 
 def write_manifest(folder: Path, files: dict[str, dict]) -> None:
@@ -141,7 +153,9 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     return files
 
 
-def verify(folder: Path, parts: Iterable[str] = ("model/", "optimizer/", "state.json"), checksums: bool = True) -> None:
+def verify(
+    folder: Path, parts: Iterable[str] = ("model/", "optimizer/", "state.json"), checksums: bool = True
+) -> None:
     """Check the files of a checkpoint against its manifest.
 
     Args:
@@ -189,7 +203,9 @@ def read_state(folder: Path) -> dict:
     """``state.json``; DataError when missing, damaged or of a newer format."""
     state = read_json(folder / "state.json")
     if state.get("format") != FORMAT:
-        raise DataError(f"{folder / 'state.json'}: format {state.get('format')!r}, this version reads {FORMAT}")
+        raise DataError(
+            f"{folder / 'state.json'}: format {state.get('format')!r}, this version reads {FORMAT}"
+        )
     return state
 
 
@@ -218,9 +234,11 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, so this checkpoint is not complete; use another one") from None
+        raise DataError(f"{path}: missing, so this checkpoint is not complete") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: damaged ({' '.join(str(error).split())}); copy the checkpoint again") from error
+        raise DataError(
+            f"{path}: damaged ({' '.join(str(error).split())}); copy the checkpoint again"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: damaged, expected a JSON object; copy the checkpoint again")
     return value

@@ -111,11 +111,15 @@ class SafetensorsStream:
 
     def write(self, name: str, rows: Tensor) -> None:
         """Append ``rows``, the next slice of ``name`` along its first dimension."""
+        if not rows.numel():
+            return
         while not self._missing_bytes:
             self._next_tensor()
         info = self._entries[name]
         if name != self._pending[0] or rows.dtype != info.dtype or rows.shape[1:] != info.shape[1:]:
-            raise ValueError(f"expected {info.dtype} rows of {self._pending[0]}, got {rows.dtype} rows of {name}")
+            raise ValueError(
+                f"expected {info.dtype} rows of {self._pending[0]}, got {rows.dtype} rows of {name}"
+            )
         data = memoryview(rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         if len(data) > self._missing_bytes:
             raise ValueError(f"{name}: {len(data)} bytes where {self._missing_bytes} are missing")
@@ -138,7 +142,7 @@ class SafetensorsStream:
             raise ValueError("more tensors written than announced")
         self._pending = list(self._shards[self._shard])
         header = build_header({name: self._entries[name] for name in self._pending}, {"format": "pt"})
-        self._stream = open(self._folder / f".{self._names[self._shard]}.tmp", "wb")
+        self._stream = open(self._folder / f".{self._names[self._shard]}.tmp", "wb")  # noqa: SIM115 - closed by _finish_file
         self._digest = hashlib.sha256(header)
         self._stream.write(header)
 

@@ -54,11 +54,15 @@ class Weights:
         known = set(self._stored.values())
         for name in store.names():
             if name not in known:
-                raise DataError(f"{store.files(name)[0]}: unexpected tensor {name}; this architecture has no such tensor")
+                raise DataError(
+                    f"{store.files(name)[0]}: unexpected tensor {name}; this architecture has no such tensor"
+                )
         for key in self.keys.values():
             name = self._stored[key.native]
             if name not in store:
-                raise DataError(f"{where}: tensor {name} is missing; copy the checkpoint again, with all of its files")
+                raise DataError(
+                    f"{where}: tensor {name} is missing; copy the checkpoint again, with all of its files"
+                )
             info = store.info(name)
             if info.shape != key.shape:
                 raise DataError(
@@ -66,7 +70,9 @@ class Weights:
                     f"{list(key.shape)}; the weights and the description belong to different models"
                 )
             if info.dtype not in _FLOATS:
-                raise DataError(f"{store.files(name)[0]}: tensor {name} has dtype {info.dtype}; weights must be floating")
+                raise DataError(
+                    f"{store.files(name)[0]}: tensor {name} has dtype {info.dtype}; weights must be floating"
+                )
 
     def info(self, name: str) -> TensorInfo:
         """Shape and stored dtype of a native name."""
@@ -195,11 +201,15 @@ def _diffusers_files(folder: Path) -> list[Path]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{index}: damaged ({' '.join(str(error).split())}); copy it again") from error
         if bad:
-            raise DataError(f"{index}: names the file {bad[0]!r} outside of its folder; do not use this checkpoint")
+            raise DataError(
+                f"{index}: names the file {bad[0]!r} outside of its folder; do not use this checkpoint"
+            )
         return [folder / name for name in names]
     if single.is_file():
         return [single]
     pickles = sorted(p.name for p in folder.glob("*.bin"))
     if pickles:
-        raise DataError(f"{folder / pickles[0]}: pickled weights are never read; save the model as safetensors")
+        raise DataError(
+            f"{folder / pickles[0]}: pickled weights are never read; save the model as safetensors"
+        )
     raise DataError(f"{single}: missing; copy the folder again, with its safetensors files and their index")

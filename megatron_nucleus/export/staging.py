@@ -44,8 +44,12 @@ def explain_write_error(error: OSError, target: Path, keeps: str) -> Exception:
     """ConfigError for a place that cannot be written, DataError for a full disk; ``keeps`` says what is still whole."""
     reason = error.strerror or str(error)
     if error.errno in _FULL:
-        return DataError(f"{target}: cannot be written ({reason}); free some space there and run again; {keeps}")
-    return ConfigError(f"{target}: cannot be written ({reason}); choose a folder that can be written; {keeps}")
+        return DataError(
+            f"{target}: cannot be written ({reason}); free some space there and run again; {keeps}"
+        )
+    return ConfigError(
+        f"{target}: cannot be written ({reason}); choose a folder that can be written; {keeps}"
+    )
 
 
 @contextlib.contextmanager
@@ -68,7 +72,9 @@ def staged_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if needed_bytes > free:
-            raise DataError(f"{target}: needs {needed_bytes} bytes and the disk has {free} free; free some space there")
+            raise DataError(
+                f"{target}: needs {needed_bytes} bytes and the disk has {free} free; free some space there"
+            )
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging

@@ -94,11 +94,15 @@ def _parse_header(file: Path, header: dict, data: int, size: int) -> tuple[dict,
     entries, end = {}, 0
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise DataError(f"{file}: tensor {name} has dtype {entry['dtype']}; readable are: {', '.join(DTYPES)}")
+            raise DataError(
+                f"{file}: tensor {name} has dtype {entry['dtype']}; readable are: {', '.join(DTYPES)}"
+            )
         info = TensorInfo(tuple(int(n) for n in entry["shape"]), DTYPES[entry["dtype"]])
         first, last = entry["data_offsets"]
         if first < 0 or last - first != info.nbytes or any(n < 0 for n in info.shape):
-            raise DataError(f"{file}: tensor {name} has {last - first} bytes for shape {list(info.shape)}; copy it again")
+            raise DataError(
+                f"{file}: tensor {name} has {last - first} bytes for shape {list(info.shape)}; copy it again"
+            )
         entries[name] = (info, data + first)
         end = max(end, last)
     if data + end != size:
@@ -122,7 +126,9 @@ class TensorStore:
             for name, (info, start) in entries.items():
                 offsets = tuple(sharding[name]) if name in sharding else (0,) * len(info.shape)
                 if len(offsets) != len(info.shape) or dtypes.setdefault(name, info.dtype) != info.dtype:
-                    raise DataError(f"{file}: tensor {name} contradicts its other pieces; copy the checkpoint again")
+                    raise DataError(
+                        f"{file}: tensor {name} contradicts its other pieces; copy the checkpoint again"
+                    )
                 self._pieces.setdefault(name, []).append(Piece(file, start, info.shape, offsets))
         for name, pieces in self._pieces.items():
             self._info[name] = TensorInfo(_full_shape(name, pieces), dtypes[name])
@@ -175,7 +181,9 @@ class TensorStore:
         return out
 
 
-def row_ranges(info: TensorInfo, start: int, stop: int, piece_bytes: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+def row_ranges(
+    info: TensorInfo, start: int, stop: int, piece_bytes: int = PIECE_BYTES
+) -> Iterator[tuple[int, int]]:
     """Cut rows ``start:stop`` of a tensor in ranges of about ``piece_bytes`` (at least one row each)."""
     row_bytes = max(1, math.prod(info.shape[1:]) * info.dtype.itemsize)
     step = max(1, piece_bytes // row_bytes)

@@ -29,6 +29,7 @@ class Row(NamedTuple):
 _ANY_DEVICE = "cpu cuda meta"
 _ANY_DTYPE = "float64 float32 bfloat16 float16"
 _OPS = "megatron_nucleus.ops"
+_EXTENSION = "megatron_nucleus.backends.extension"
 
 ROWS = (
     Row("moe_gather", "torch", f"{_OPS}.moe_rows:gather_rows", _ANY_DEVICE, _ANY_DTYPE, "index_select"),
@@ -48,6 +49,25 @@ ROWS = (
         "expert_choice", "torch", f"{_OPS}.expert_choice:select", _ANY_DEVICE, _ANY_DTYPE, "softmax and topk"
     ),
     Row("expert_ffn", "torch", f"{_OPS}.experts:expert_ffn", _ANY_DEVICE, _ANY_DTYPE, "batched matmul"),
+    Row("moe_combine", "extension", f"{_EXTENSION}:combine_rows", "cpu meta", _ANY_DTYPE, "C++, one pass"),
+    Row(
+        "modulated_layer_norm",
+        "extension",
+        f"{_EXTENSION}:modulated_layer_norm",
+        "cpu meta",
+        _ANY_DTYPE,
+        "C++, fused",
+    ),
+    Row("rms_norm", "extension", f"{_EXTENSION}:rms_norm", "cpu meta", _ANY_DTYPE, "C++, fused"),
+    Row("swiglu", "extension", f"{_EXTENSION}:swiglu", "cpu meta", _ANY_DTYPE, "C++, fused"),
+    Row(
+        "expert_ffn",
+        "extension",
+        f"{_EXTENSION}:expert_ffn",
+        "cpu meta",
+        _ANY_DTYPE,
+        "bmm with the C++ swiglu",
+    ),
 )
 
 # What `auto` tries, first to last. A backend that is not listed for a device runs there only when named.

@@ -28,20 +28,30 @@ class TrainingConfig:
     run_dir: Path = knob(Path("runs/train"), "folder of the run; the same command again resumes it")
     train_steps: int = knob(1000, "stop after this many optimizer steps in total", unit="steps")
     global_batch_size: int = knob(64, "images per optimizer step over all ranks", unit="images")
-    micro_batch_size: int | None = knob(None, "images per forward pass on a rank; None = no accumulation", unit="images")
+    micro_batch_size: int | None = knob(
+        None, "images per forward pass on a rank; None = no accumulation", unit="images"
+    )
     seed: int = knob(0, "of weights, sample order, noise, noise levels and captions")
     device: str = knob("auto", "auto, cpu or cuda")
     bf16: bool = knob(False, "compute in bfloat16 (autocast); weights, gradients and optimizer stay fp32")
     cpu_threads: int | None = knob(None, "threads of one operation on a CPU; None = torch's choice")
     log_interval: int = knob(10, "write metrics every so many steps", unit="steps")
-    save_interval: int = knob(500, "write a checkpoint every so many steps; 0 = only at the end", unit="steps")
+    save_interval: int = knob(
+        500, "write a checkpoint every so many steps; 0 = only at the end", unit="steps"
+    )
     sample_interval: int = knob(0, "draw preview pictures every so many steps; 0 = never", unit="steps")
     sample_prompts: tuple[str, ...] = knob((), "prompts of the preview pictures")
     keep_last_checkpoints: int | None = knob(None, "delete older checkpoints than these; None keeps all")
     tensorboard: bool = knob(True, "write TensorBoard event files")
-    exit_duration_in_mins: float | None = knob(None, "save and stop (exit code 4) after this long", unit="minutes")
-    max_skipped_in_a_row: int = knob(10, "stop after so many steps in a row without a finite gradient", unit="steps")
-    peak_tflops: float | None = knob(None, "device peak for MFU; None = the table's, if it knows it", unit="TFLOP/s")
+    exit_duration_in_mins: float | None = knob(
+        None, "save and stop (exit code 4) after this long", unit="minutes"
+    )
+    max_skipped_in_a_row: int = knob(
+        10, "stop after so many steps in a row without a finite gradient", unit="steps"
+    )
+    peak_tflops: float | None = knob(
+        None, "device peak for MFU; None = the table's, if it knows it", unit="TFLOP/s"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +88,17 @@ class RunConfig:
         return self.training.global_batch_size // self.micro_batch_size
 
 
-def parse_run(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> tuple[RunConfig, argparse.Namespace]:
+def parse_run(
+    argv: Sequence[str] | None, parser: argparse.ArgumentParser
+) -> tuple[RunConfig, argparse.Namespace]:
     """Add every section's flags to ``parser``, parse, merge with ``--config`` and check.
 
     Raises:
         ConfigError: see `utils.config.load` and `check`.
     """
-    parser.add_argument("--config", metavar="FILE", help="YAML file with sections as below; flags override it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with sections as below; flags override it"
+    )
     cfg.add_arguments(parser, RunConfig)
     args = parser.parse_args(argv)
     run = cfg.load(RunConfig, args, args.config)
@@ -116,7 +130,9 @@ def check(run: RunConfig) -> None:
     if t.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {t.device}: one of auto, cpu, cuda")
     if t.sample_interval and not t.sample_prompts:
-        raise ConfigError("--sample-interval needs --sample-prompts (or training.sample_prompts in the config file)")
+        raise ConfigError(
+            "--sample-interval needs --sample-prompts (or training.sample_prompts in the config file)"
+        )
     if run.losses.moe_z_loss_coeff < 0:
         raise ConfigError(f"--moe-z-loss-coeff {run.losses.moe_z_loss_coeff}: must not be negative")
     if not 0 <= run.flow.sigma_uniform_frac <= 1:

@@ -58,9 +58,13 @@ class SkipCounter:
             self.in_a_row = 0
             return
         self.in_a_row += 1
-        log.warning("step %d: loss or gradient is not finite; the update is skipped (%d in a row)", step, self.in_a_row)
+        log.warning(
+            "step %d: loss or gradient is not finite; the update is skipped (%d in a row)",
+            step,
+            self.in_a_row,
+        )
         if self.in_a_row >= self.limit:
             raise StoppedError(
-                f"{self.in_a_row} steps in a row had no finite gradient (up to step {step}); nothing was saved since the "
-                "last checkpoint. Resume with a lower --lr or a smaller --clip-grad, and without --bf16 if it was on"
+                f"{self.in_a_row} steps in a row had no finite gradient (up to step {step}); nothing was saved since "
+                "the last checkpoint. Resume with a lower --lr or a smaller --clip-grad, without --bf16 if it was on"
             )

@@ -34,7 +34,9 @@ def initialize(run: RunConfig) -> torch.device:
     """Choose the device, set threads, refuse a launch that this version cannot serve, open the run folder."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != 1:
-        raise ConfigError(f"WORLD_SIZE={world}: this version trains on one process; start tools/train.py without torchrun")
+        raise ConfigError(
+            f"WORLD_SIZE={world}: this version trains on one process; start tools/train.py without torchrun"
+        )
     device = pick_device(run.training.device)
     if run.training.cpu_threads is not None:
         torch.set_num_threads(run.training.cpu_threads)
@@ -64,7 +66,9 @@ def run_shape(run: RunConfig, text_dim: int) -> ModelShape:
     if config.text_dim is None:
         config = dataclasses.replace(config, text_dim=text_dim)
     elif config.text_dim != text_dim:
-        raise ConfigError(f"--text-dim {config.text_dim}: the text encoder '{run.encoders.text_encoder}' gives {text_dim}")
+        raise ConfigError(
+            f"--text-dim {config.text_dim}: the text encoder '{run.encoders.text_encoder}' gives {text_dim}"
+        )
     return resolve_shape(config)
 
 
@@ -107,7 +111,9 @@ def open_run_folder(run: RunConfig) -> None:
         try:
             saved = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is damaged ({type(error).__name__}); restore it or use a new --run-dir") from error
+            raise DataError(
+                f"{path} is damaged ({type(error).__name__}); restore it or use a new --run-dir"
+            ) from error
         _check_same_run(saved, resolved, folder)
     document = {"config": resolved, "git_commit": git_commit(), "versions": versions()}
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from megatron_nucleus.core.optimizer.optimizer import build_optimizer
 from megatron_nucleus.core.optimizer.schedule import build_schedule
 from megatron_nucleus.data.dataset import Corpus, open_corpus
 from megatron_nucleus.data.features import FeatureExtractor
-from megatron_nucleus.data.loader import build_loader
+from megatron_nucleus.data.loader import Loader, build_loader
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig
@@ -83,27 +82,22 @@ class Loop:
         t = run.training
         self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
         self.skips = SkipCounter(t.max_skipped_in_a_row)
-        self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else flops.device_peak_flops(device)
+        self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else flops.device_peak_flops(device, torch.bfloat16 if t.bf16 else torch.float32)
 
     def run_to_end(self, corpus: Corpus) -> float | None:
         """All remaining steps; returns the last loss."""
         run, state, t = self.run, self.state, self.run.training
-        loader = build_loader(
-            run.data, corpus, seed=t.seed, global_batch_size=t.global_batch_size,
-            micro_batch_size=run.micro_batch_size, start_samples=state.samples_seen,
-        )  # fmt: skip
         losses, saved_step = None, state.step
         bar = tqdm(total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
-        with StopRequest(t.exit_duration_in_mins) as stop, bar:
+        with StopRequest(t.exit_duration_in_mins) as stop, bar, self.open_loader(corpus) as loader:
             timer = StepTimer()
-            batches = iter(loader)
             while state.step < t.train_steps:
                 lr = self.schedule(state.samples_seen)
-                losses, report, batch, step_flops = self.train_step(batches, lr)
+                losses, report, batch, step_flops = self.train_step(loader, lr)
                 timer.add(t.global_batch_size, step_flops)
                 bar.update()
                 if due(state.step, t.log_interval) or state.step == t.train_steps:
-                    self.log(losses, report, batch, lr, timer, bar)
+                    self.log(losses, report, batch, lr, timer, loader, bar)
                 if due(state.step, t.sample_interval):
                     self.preview()
                 reason = stop.due()
@@ -115,18 +109,35 @@ class Loop:
                 timer.exclude_pause()
         return None if losses is None else float(losses.loss)
 
-    def train_step(self, batches: Iterator, lr: float) -> tuple[StepLosses, ClipReport, Batch, int]:
+    def open_loader(self, corpus: Corpus) -> Loader:
+        """Micro-batches from the first sample that has not been seen."""
+        t = self.run.training
+        return build_loader(
+            self.run.data,
+            corpus,
+            seed=t.seed,
+            global_batch_size=t.global_batch_size,
+            micro_batch_size=self.run.micro_batch_size,
+            start_samples=self.state.samples_seen,
+            multiple_px=self.pipeline.size_unit_px,
+        )
+
+    def train_step(self, loader: Loader, lr: float) -> tuple[StepLosses, ClipReport, Batch, int]:
         """One optimizer step over ``accumulation_steps`` micro-batches."""
         state, run = self.state, self.run
         state.model.train()
         state.optimizer.zero_grad()
         total, step_flops = None, 0
         for _ in range(run.accumulation_steps):
-            batch = self.extractor.extract(next(batches))
+            batch = self.extractor.extract(next(loader))
             losses = forward_backward(state.model, batch, run, 1.0 / run.accumulation_steps)
-            total = losses if total is None else StepLosses(*(a + b for a, b in zip(total, losses, strict=True)))
+            total = (
+                losses if total is None else StepLosses(*(a + b for a, b in zip(total, losses, strict=True)))
+            )
             tokens, text_tokens = batch.latents_BSP.shape[1], batch.text.features_BLU.shape[1]
-            step_flops += len(batch.draws) * flops.training_flops_per_image(state.model.shape, tokens, text_tokens)
+            step_flops += len(batch.draws) * flops.training_flops_per_image(
+                state.model.shape, tokens, text_tokens
+            )
         report = clip_gradients(state.optimizer.params.values(), run.optimizer.clip_grad)
         finite = bool(report.finite & torch.isfinite(total.loss))
         if finite:
@@ -137,7 +148,16 @@ class Loop:
         self.skips.record(not finite, state.step)
         return total, report, batch, step_flops
 
-    def log(self, losses: StepLosses, report: ClipReport, batch: Batch, lr: float, timer: StepTimer, bar: tqdm) -> None:
+    def log(
+        self,
+        losses: StepLosses,
+        report: ClipReport,
+        batch: Batch,
+        lr: float,
+        timer: StepTimer,
+        loader: Loader,
+        bar: tqdm,
+    ) -> None:
         """One row of metrics.jsonl and TensorBoard, and the progress bar's figures."""
         step_s, samples_per_s, flops_per_s = timer.take()
         row = {
@@ -156,6 +176,7 @@ class Loop:
             "bucket": batch.bucket,
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "timestamp": time.time(),
+            "substituted": loader.substituted,
         }
         self.writer.write(row)
         bar.set_postfix_str(f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")

@@ -13,7 +13,9 @@ from megatron_nucleus.utils.errors import UserError
 
 def add_json_flag(parser: Any) -> None:
     """Add ``--json``: print one machine-readable object as the last line of stdout."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line of stdout"
+    )
 
 
 def print_json(result: dict) -> None:

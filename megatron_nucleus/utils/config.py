@@ -52,10 +52,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [o for a in self._actions for o in a.option_strings if o.startswith("--")]
             name = unknown[0].split("=")[0]
-            raise ConfigError(f"unknown argument {unknown[0]}{nearest(name, flags)}; see --help")
+            raise ConfigError(f"unknown argument {unknown[0]}{nearest(name, self._flags())}; see --help")
         return parsed
+
+    def _flags(self) -> list[str]:
+        """Every long flag, those of subcommands included."""
+        flags = []
+        for action in self._actions:
+            flags += [option for option in action.option_strings if option.startswith("--")]
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    flags += parser._flags()
+        return flags
 
 
 def sections_of(cls: type) -> dict[str, type]:
@@ -160,7 +169,11 @@ def coerce(raw: Any, hint: Any, label: str, choices: tuple = ()) -> Any:
     base, optional = _strip_optional(hint)
     if optional and (raw is None or (isinstance(raw, str) and raw.lower() == "none")):
         return None
-    value = _coerce_tuple(raw, base, label) if typing.get_origin(base) is tuple else _coerce_scalar(raw, base, label)
+    value = (
+        _coerce_tuple(raw, base, label)
+        if typing.get_origin(base) is tuple
+        else _coerce_scalar(raw, base, label)
+    )
     if choices and value not in choices:
         guess = nearest(str(value), map(str, choices))
         raise ConfigError(f"{label}: {value!r} is not allowed{guess}; one of: {', '.join(map(str, choices))}")

@@ -6,13 +6,19 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
 
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process in bytes, interpreter and libraries included.
 
-    Linux: VmHWM, which unlike ``ru_maxrss`` does not start at the size of the process that launched this one.
-    Elsewhere: ``ru_maxrss``.
+def peak_memory_bytes(device: torch.device | str | None = None) -> int:
+    """Peak memory of this process in bytes.
+
+    Args:
+        device: a CUDA device gives the peak of its allocator; None or the CPU gives the peak resident memory of
+            the process, interpreter and libraries included (on Linux VmHWM, which unlike ``ru_maxrss`` does not
+            start at the size of the process that launched this one).
     """
+    if device is not None and torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

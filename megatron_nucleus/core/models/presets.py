@@ -66,8 +66,17 @@ class ModelShape:
         return first <= layer < last
 
     def _check(self) -> None:
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "num_key_value_heads", "text_dim",
-                     "latent_channels", "patch_size", "num_experts", "moe_intermediate_dim"):
+        for name in (
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_key_value_heads",
+            "text_dim",
+            "latent_channels",
+            "patch_size",
+            "num_experts",
+            "moe_intermediate_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: must be at least 1, got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -132,15 +141,23 @@ class ModelConfig:
     num_attention_heads: int | None = knob(None, "query heads; None = the preset's", unit="heads")
     attention_head_dim: int | None = knob(None, "width of a head; None = the preset's", unit="channels")
     num_key_value_heads: int | None = knob(None, "key/value heads (GQA); None = the preset's", unit="heads")
-    text_dim: int | None = knob(None, "width of the text features; None = the text encoder's", unit="channels")
+    text_dim: int | None = knob(
+        None, "width of the text features; None = the text encoder's", unit="channels"
+    )
     latent_channels: int | None = knob(None, "codec channels; None = the preset's", unit="channels")
     patch_size: int | None = knob(None, "latent pixels per token side; None = the preset's", unit="latents")
-    axes_dims_rope: tuple[int, ...] | None = knob(None, "rotary widths of frame, height, width; None = the preset's")
+    axes_dims_rope: tuple[int, ...] | None = knob(
+        None, "rotary widths of frame, height, width; None = the preset's"
+    )
     mlp_ratio: float | None = knob(None, "dense FFN width ratio; None = the preset's")
     dense_moe_strategy: str | None = knob(None, f"which layers are dense: {', '.join(DENSE_STRATEGIES)}")
     num_experts: int | None = knob(None, "routed experts per MoE layer; None = the preset's", unit="experts")
-    moe_intermediate_dim: int | None = knob(None, "hidden width of an expert; None = the preset's", unit="channels")
-    capacity_factors: tuple[float, ...] | None = knob(None, "rows per expert = factor*S/E; one value, or one per layer")
+    moe_intermediate_dim: int | None = knob(
+        None, "hidden width of an expert; None = the preset's", unit="channels"
+    )
+    capacity_factors: tuple[float, ...] | None = knob(
+        None, "rows per expert = factor*S/E; one value, or one per layer"
+    )
     use_sigmoid: bool | None = knob(None, "sigmoid router scores instead of softmax")
     route_scale: float | None = knob(None, "scale of the renormalised routing weights; None = the preset's")
 

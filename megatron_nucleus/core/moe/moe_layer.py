@@ -19,7 +19,9 @@ class MoELayer(nn.Module):
     def __init__(self, shape: ModelShape, layer: int, kernels: Kernels):
         super().__init__()
         D, F, E = shape.width, shape.moe_intermediate_dim, shape.num_experts
-        self.router = Router(D, E, shape.capacity_factors[layer], shape.use_sigmoid, shape.route_scale, kernels)
+        self.router = Router(
+            D, E, shape.capacity_factors[layer], shape.use_sigmoid, shape.route_scale, kernels
+        )
         self.experts = Experts(E, D, F, kernels)
         self.shared_expert = FeedForward(D, F, kernels)
         self.dispatcher = LocalDispatcher(kernels)

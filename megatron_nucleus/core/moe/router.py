@@ -32,9 +32,13 @@ class Router(nn.Module):
     A router that saw the modulated tokens would be driven by the noise level's scale instead of the content.
     """
 
-    def __init__(self, width: int, experts: int, factor: float, use_sigmoid: bool, route_scale: float, kernels: Kernels):
+    def __init__(
+        self, width: int, experts: int, factor: float, use_sigmoid: bool, route_scale: float, kernels: Kernels
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, 2 * width))  # columns: time embedding first, then token
+        self.weight = nn.Parameter(
+            torch.empty(experts, 2 * width)
+        )  # columns: time embedding first, then token
         self.factor, self.use_sigmoid, self.route_scale = factor, use_sigmoid, route_scale
         self.kernels = kernels
 
@@ -44,5 +48,7 @@ class Router(nn.Module):
         features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), plain_BSD], dim=-1)
         logits_BSE = nn.functional.linear(features, self.weight)
         rows = capacity(self.factor, S, self.weight.shape[0])
-        index_BEC, weight_BEC = self.kernels.select_tokens(logits_BSE, rows, self.use_sigmoid, self.route_scale)
+        index_BEC, weight_BEC = self.kernels.select_tokens(
+            logits_BSE, rows, self.use_sigmoid, self.route_scale
+        )
         return Routing(index_BEC, weight_BEC, logits_BSE.float())

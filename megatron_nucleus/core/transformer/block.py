@@ -56,8 +56,12 @@ class TransformerBlock(nn.Module):
         scale1, gate1, scale2, gate2 = self.modulation(act_BD).chunk(4, dim=-1)
         text_kv = text if isinstance(text, tuple) else self.project_text(text, rotations[1])
         modulated_BSD, _ = self.kernels.modulated_layer_norm(x_BSD, scale1, EPS)
-        x_BSD = torch.addcmul(x_BSD, _gate(gate1), self.attention(modulated_BSD, text_kv, mask_BT, rotations[0]))
-        modulated_BSD, plain_BSD = self.kernels.modulated_layer_norm(x_BSD, scale2, EPS, with_plain=self.is_moe)
+        x_BSD = torch.addcmul(
+            x_BSD, _gate(gate1), self.attention(modulated_BSD, text_kv, mask_BT, rotations[0])
+        )
+        modulated_BSD, plain_BSD = self.kernels.modulated_layer_norm(
+            x_BSD, scale2, EPS, with_plain=self.is_moe
+        )
         if self.is_moe:
             out_BSD, routing = self.moe(modulated_BSD, plain_BSD, temb_BD)
         else:

@@ -144,7 +144,8 @@ def _build(spec: dict, option: str, classes: dict[str, type], device: str | torc
     name = spec.get("name") if isinstance(spec, dict) else spec
     if name not in classes:
         raise ConfigError(
-            f"encoders.{option}: '{name}' is unknown{nearest(str(name), classes)}; one of: {', '.join(classes)}"
+            f"encoders.{option}: '{name}' is unknown{nearest(str(name), classes)}; "
+            f"one of: {', '.join(classes)}"
         )
     arguments = {k: v for k, v in spec.items() if k not in ("name", "dim")}  # dim follows from the rest
     known = inspect.signature(classes[name]).parameters

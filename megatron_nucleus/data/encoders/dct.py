@@ -1,4 +1,4 @@
-"""`DctCodec`: a truncated orthonormal block DCT, what JPEG does before quantisation. No download, no training."""
+"""`DctCodec`: a truncated orthonormal block DCT (JPEG before quantisation). No download, no training."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ from megatron_nucleus.utils.errors import ConfigError, nearest
 # Orthonormal luma/chroma rows over (R, G, B): the 3-point DCT of the colour axis.
 _COLOUR_PR = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
 
-# Standard deviations of the coefficients of 4 x 4 blocks of pixels in [-1, 1], by plane and by u*u + v*v (averaged
-# over (u, v) and (v, u)), and the mean of each plane's constant coefficient; every other mean is 0.
+# Standard deviations of the coefficients of 4 x 4 blocks of pixels in [-1, 1], by plane and by u*u + v*v
+# (averaged over (u, v) and (v, u)), and the mean of each plane's constant coefficient; every other mean is 0.
 # scenes: 4,000 embedded scenes of 32 px. photographs: seven of scikit-image and scikit-learn at 64 px, whose
 # means say nothing about other photographs and are left at 0.
 DCT_STATISTICS: dict[str, dict[str, tuple]] = {
     "scenes": {
         "mean": (-0.569, 0.075, 0.110),
         "std": (
-            {0: 1.846, 1: 0.423, 2: 0.180, 4: 0.179, 5: 0.097, 8: 0.058, 9: 0.099, 10: 0.062, 13: 0.041, 18: 0.024},
-            {0: 1.136, 1: 0.349, 2: 0.149, 4: 0.149, 5: 0.080, 8: 0.048, 9: 0.081, 10: 0.050, 13: 0.034, 18: 0.020},
-            {0: 0.830, 1: 0.253, 2: 0.107, 4: 0.105, 5: 0.059, 8: 0.035, 9: 0.056, 10: 0.038, 13: 0.025, 18: 0.014},
+            {0: 1.846, 1: 0.423, 2: 0.180, 4: 0.179, 5: 0.097, 8: 0.058,
+             9: 0.099, 10: 0.062, 13: 0.041, 18: 0.024},
+            {0: 1.136, 1: 0.349, 2: 0.149, 4: 0.149, 5: 0.080, 8: 0.048,
+             9: 0.081, 10: 0.050, 13: 0.034, 18: 0.020},
+            {0: 0.830, 1: 0.253, 2: 0.107, 4: 0.105, 5: 0.059, 8: 0.035,
+             9: 0.056, 10: 0.038, 13: 0.025, 18: 0.014},
         ),
     },
     "photographs": {
         "mean": (0.0, 0.0, 0.0),
         "std": (
-            {0: 2.830, 1: 0.725, 2: 0.385, 4: 0.348, 5: 0.240, 8: 0.168, 9: 0.191, 10: 0.142, 13: 0.112, 18: 0.075},
-            {0: 1.371, 1: 0.231, 2: 0.114, 4: 0.119, 5: 0.074, 8: 0.053, 9: 0.063, 10: 0.042, 13: 0.033, 18: 0.023},
-            {0: 0.410, 1: 0.074, 2: 0.041, 4: 0.040, 5: 0.029, 8: 0.022, 9: 0.024, 10: 0.017, 13: 0.016, 18: 0.011},
+            {0: 2.830, 1: 0.725, 2: 0.385, 4: 0.348, 5: 0.240, 8: 0.168,
+             9: 0.191, 10: 0.142, 13: 0.112, 18: 0.075},
+            {0: 1.371, 1: 0.231, 2: 0.114, 4: 0.119, 5: 0.074, 8: 0.053,
+             9: 0.063, 10: 0.042, 13: 0.033, 18: 0.023},
+            {0: 0.410, 1: 0.074, 2: 0.041, 4: 0.040, 5: 0.029, 8: 0.022,
+             9: 0.024, 10: 0.017, 13: 0.016, 18: 0.011},
         ),
     },
 }  # fmt: skip
@@ -42,8 +48,8 @@ DCT_STATISTICS: dict[str, dict[str, tuple]] = {
 def frequencies(stride_px: int) -> list[tuple[int, int]]:
     """The (u, v) = (vertical, horizontal) frequencies of a block, lowest u*u + v*v first.
 
-    The order of radial frequency keeps a truncated set symmetric in x and y (JPEG's zig-zag does not); measured
-    PSNR of 8 + 4 + 4 coefficients on photographs is 0.3 dB above the zig-zag's.
+    The order of radial frequency keeps a truncated set symmetric in x and y, JPEG's zig-zag does not: with
+    8 + 4 + 4 coefficients it gains 0.3 dB on photographs (measured).
     """
     pairs = itertools.product(range(stride_px), repeat=2)
     return sorted(pairs, key=lambda uv: (uv[0] ** 2 + uv[1] ** 2, uv))
@@ -68,11 +74,22 @@ def dct_basis(stride_px: int, coefficients: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
+def check_stride(pixels_BCHW: Tensor, stride_px: int) -> None:
+    """ConfigError unless height and width are multiples of the stride."""
+    height, width = pixels_BCHW.shape[-2:]
+    if height % stride_px or width % stride_px:
+        raise ConfigError(
+            f"an image of {height} x {width} px (height x width) cannot be encoded: both must be multiples "
+            f"of the codec's stride of {stride_px} px"
+        )
+
+
 class DctCodec:
     """Orthonormal block DCT in a luma/chroma basis, each kept coefficient normalised to about unit variance.
 
-    The default keeps 8 + 4 + 4 of 48 coefficients of 4 x 4 blocks: 16 channels at stride 4, the channel count of
-    the published model. ``coefficients = (16, 16, 16)`` keeps everything and is exact after rounding.
+    The default keeps 8 + 4 + 4 of 48 coefficients of 4 x 4 blocks: 16 channels at stride 4, the channel count
+    of the published model. Measured PSNR: 31.6 dB on scenes at 32 px, 29 dB on photographs at 64 px, 31 dB at
+    128 px. ``coefficients = (16, 16, 16)`` keeps everything and is exact after rounding.
 
     Args:
         stride_px: block side.
@@ -97,8 +114,8 @@ class DctCodec:
     ):
         if len(coefficients) != 3 or not all(1 <= c <= stride_px**2 for c in coefficients):
             raise ConfigError(
-                f"encoders.dct_coefficients: {list(coefficients)} must be 3 numbers (luma and two chroma planes), "
-                f"each from 1 to stride**2 = {stride_px**2}"
+                f"encoders.dct_coefficients: {list(coefficients)} must be 3 numbers (luma and two chroma "
+                f"planes), each from 1 to stride**2 = {stride_px**2}"
             )
         self.stride_px = stride_px
         self.coefficients = tuple(int(c) for c in coefficients)
@@ -123,17 +140,12 @@ class DctCodec:
         Raises:
             ConfigError: H or W is not a multiple of the stride.
         """
-        height, width = pixels_BCHW.shape[-2:]
-        if height % self.stride_px or width % self.stride_px:
-            raise ConfigError(
-                f"an image of {height} x {width} px (height x width) cannot be encoded: both must be multiples of "
-                f"the codec's stride of {self.stride_px} px"
-            )
+        check_stride(pixels_BCHW, self.stride_px)
         x_BRHW = pixels_BCHW.to(self.device, torch.float32) / 127.5 - 1.0
         return F.conv2d(x_BRHW, self._analysis, self._analysis_bias, stride=self.stride_px)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Normalised latents -> uint8 RGB, rounded; values outside the displayable range are clipped to 0..255."""
+        """Normalised latents -> uint8 RGB, rounded; values outside the displayable range clip to 0..255."""
         z_BCHW = latents_BCHW.to(self.device, torch.float32)
         x_BRHW = F.conv_transpose2d(z_BCHW, self._synthesis, stride=self.stride_px)
         rows, columns = z_BCHW.shape[-2:]

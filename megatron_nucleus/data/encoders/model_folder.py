@@ -48,7 +48,8 @@ def locate(path: str | None, option: str, allow: tuple[str, ...], ignore: tuple[
         )
     except (OSError, ValueError, RuntimeError, hub.errors.HfHubHTTPError) as error:
         raise ConfigError(
-            f"{label}: {path} is neither a folder here nor a hub id that can be fetched now ({first_line(error)})"
+            f"{label}: {path} is neither a folder here nor a hub id that can be fetched now "
+            f"({first_line(error)})"
         ) from error
     return Path(folder)
 
@@ -104,7 +105,8 @@ def dtype_named(name: str) -> torch.dtype:
     """torch dtype of an ``encoder_dtype``; ConfigError when unknown."""
     if name not in DTYPES:
         raise ConfigError(
-            f"encoders.encoder_dtype: '{name}' is unknown{nearest(str(name), DTYPES)}; one of: {', '.join(DTYPES)}"
+            f"encoders.encoder_dtype: '{name}' is unknown{nearest(str(name), DTYPES)}; "
+            f"one of: {', '.join(DTYPES)}"
         )
     return DTYPES[name]
 

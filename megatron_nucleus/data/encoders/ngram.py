@@ -140,8 +140,8 @@ class NgramTextEncoder:
         if length > self.max_tokens:
             if not truncate:
                 raise ConfigError(
-                    f"a prompt of {length} tokens is longer than the limit of {self.max_tokens}: {text[:60]!r}...; "
-                    "shorten it or raise encoders.max_text_tokens"
+                    f"a prompt of {length} tokens is longer than the limit of {self.max_tokens}: "
+                    f"{text[:60]!r}...; shorten it or raise encoders.max_text_tokens (--max-text-tokens)"
                 )
             self.truncated += 1
         return rows

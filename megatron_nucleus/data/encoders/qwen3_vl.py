@@ -39,8 +39,9 @@ class Qwen3VLTextEncoder:
 
     ``hidden_states`` has one entry more than there are layers, so index -8 is the output of layer n - 7 of n,
     before any norm: 29 of 36 layers are read and run; the vision tower, the last seven layers and the LM head
-    are not. Every text, the empty one too, goes through the chat template with `SYSTEM_PROMPT`; texts are padded
-    to a multiple of 8 tokens, and the mask is dropped when nothing is padded (diffusers, ``encode_prompt``).
+    are not. Every text, the empty one too, goes through the chat template with `SYSTEM_PROMPT`; texts are
+    padded to a multiple of 8 tokens, and the mask is dropped when nothing is padded (diffusers,
+    ``encode_prompt``).
 
     Args:
         path: folder of the model or of a diffusers pipeline (``text_encoder/`` with ``processor/`` or
@@ -86,7 +87,7 @@ class Qwen3VLTextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], truncate: bool = False) -> TextFeatures:
-        """Features [B, L, dim] in the network's dtype; L is a multiple of 8; mask None when nothing is padded.
+        """Features [B, L, dim] in the network's dtype; L a multiple of 8; mask None when nothing is padded.
 
         Args:
             truncate: cut longer texts to ``max_tokens``, as upstream does, and count them in ``truncated``
@@ -102,7 +103,8 @@ class Qwen3VLTextEncoder:
             if not truncate:
                 raise ConfigError(
                     f"a prompt of {len(ids[i])} tokens (chat template included) is longer than the limit of "
-                    f"{self.max_tokens}: {text[:60]!r}...; shorten it or raise encoders.max_text_tokens"
+                    f"{self.max_tokens}: {text[:60]!r}...; shorten it or raise encoders.max_text_tokens "
+                    "(--max-text-tokens)"
                 )
             ids[i] = ids[i][: self.max_tokens]
             self.truncated += 1
@@ -135,13 +137,13 @@ class Qwen3VLTextEncoder:
 def _load_layers(
     transformers: Any, folder: Path, hidden_state: int, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """The text model cut after the layer whose output is ``hidden_states[hidden_state]``, without its norm."""
+    """The text model up to the layer whose output is ``hidden_states[hidden_state]``, without its norm."""
     config = transformers.Qwen3VLConfig.from_pretrained(folder).text_config
     layers = config.num_hidden_layers + 1 + hidden_state
     if hidden_state > -2 or layers < 1:
         raise ConfigError(
-            f"text encoder {folder} with {config.num_hidden_layers} layers: hidden_state {hidden_state} must lie "
-            f"between {-config.num_hidden_layers} and -2"
+            f"text encoder {folder} has {config.num_hidden_layers} layers: hidden_state {hidden_state} must "
+            f"lie between {-config.num_hidden_layers} and -2"
         )
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -192,8 +194,8 @@ def _load_tokenizer(transformers: Any, root: Path) -> Any:
     )
     if folder is None:
         raise DataError(
-            f"{root}: no tokenizer.json (or vocab.json and merges.txt) in processor/, tokenizer/ or the folder "
-            "itself; copy the model's tokenizer files there"
+            f"{root}: no tokenizer.json (or vocab.json and merges.txt) in processor/, tokenizer/ or the "
+            "folder itself; copy the model's tokenizer files there"
         )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

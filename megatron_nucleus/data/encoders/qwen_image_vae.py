@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_nucleus.data.encoders.dct import check_stride
 from megatron_nucleus.data.encoders.model_folder import (
     dtype_named,
     first_line,
@@ -13,7 +14,7 @@ from megatron_nucleus.data.encoders.model_folder import (
     model_folder,
     weight_files,
 )
-from megatron_nucleus.utils.errors import ConfigError, DataError
+from megatron_nucleus.utils.errors import DataError
 
 
 class QwenImageVae:
@@ -75,12 +76,7 @@ class QwenImageVae:
         Raises:
             ConfigError: H or W is not a multiple of the stride.
         """
-        height, width = pixels_BCHW.shape[-2:]
-        if height % self.stride_px or width % self.stride_px:
-            raise ConfigError(
-                f"an image of {height} x {width} px (height x width) cannot be encoded: both must be multiples "
-                f"of the codec's stride of {self.stride_px} px"
-            )
+        check_stride(pixels_BCHW, self.stride_px)
         x_BCHW = pixels_BCHW.to(self.device).float() / 127.5 - 1.0
         x_BCTHW = x_BCHW[:, :, None].to(self._vae.dtype)
         z_BCHW = self._vae.encode(x_BCTHW).latent_dist.mode()[:, :, 0].float()

@@ -4,17 +4,16 @@
 in them, `benchmark_prompts` asks for what training never showed.
 """
 
-from collections.abc import Iterator, Sequence
-
-import numpy as np
-
 from megatron_nucleus.data.scenes.benchmark import HELD_OUT_SPLIT, benchmark_prompts, scene_for
 from megatron_nucleus.data.scenes.captions import VOCABULARY, captions, metadata
+from megatron_nucleus.data.scenes.draw import draw, render_all
+from megatron_nucleus.data.scenes.export import export_scenes, side_data
 from megatron_nucleus.data.scenes.render import render
 from megatron_nucleus.data.scenes.world import (
     COLORS,
     HELD_OUT_COMPOSITIONS,
     HELD_OUT_PAIRS,
+    RELATIONS,
     SHAPES,
     TAGS,
     Scene,
@@ -30,6 +29,7 @@ __all__ = [
     "HELD_OUT_COMPOSITIONS",
     "HELD_OUT_PAIRS",
     "HELD_OUT_SPLIT",
+    "RELATIONS",
     "SHAPES",
     "TAGS",
     "VOCABULARY",
@@ -40,31 +40,12 @@ __all__ = [
     "captions",
     "composition",
     "draw",
+    "export_scenes",
     "holds_held_out",
     "make_scene",
     "metadata",
     "render",
     "render_all",
     "scene_for",
+    "side_data",
 ]
-
-_CHUNK = 64  # pictures drawn at once
-
-
-def draw(config: SceneConfig, seed: int, indices: Sequence[int]) -> Iterator[tuple[Scene, np.ndarray]]:
-    """Yield (scene, uint8 RGB pixels [height, width, 3]) for each index, in order, drawn many at a time."""
-    for start in range(0, len(indices), _CHUNK):
-        scenes = [make_scene(config, seed, index) for index in indices[start : start + _CHUNK]]
-        yield from zip(scenes, render_all(scenes), strict=True)
-
-
-def render_all(scenes: Sequence[Scene]) -> list[np.ndarray]:
-    """`render` for scenes of any sizes: one picture [height, width, 3] per scene, in order."""
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for position, scene in enumerate(scenes):
-        by_size.setdefault((scene.height_px, scene.width_px), []).append(position)
-    pictures: list[np.ndarray] = [np.empty(0)] * len(scenes)
-    for positions in by_size.values():
-        for position, picture in zip(positions, render([scenes[p] for p in positions]), strict=True):
-            pictures[position] = picture
-    return pictures

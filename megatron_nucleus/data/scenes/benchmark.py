@@ -51,6 +51,8 @@ def benchmark_prompts(n_per_skill: int, seed: int = 0, max_objects: int = 4) -> 
         raise ConfigError(f"--prompts-per-skill {n_per_skill}: at least 1 is needed")
     if not 2 <= max_objects <= 8:
         raise ConfigError(f"--max-objects {max_objects}: 2 to 8")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ConfigError(f"--seed {seed}: must be a 64-bit number")
     records = [r for tag in TAGS for r in _records(tag, _requests(tag, max_objects), n_per_skill, seed)]
     for tag in ("colors", "color_attr"):
         held = _records(tag, _held_out_requests(tag), n_per_skill, seed)

@@ -1,0 +1,141 @@
+"""Captions and provenance from the ``.txt`` and ``.json`` files beside an image.
+
+- ``.txt``: the whole file is one caption, white space collapsed.
+- ``.json``: text; a list of captions; or an object with ``caption`` (text) or ``captions`` (a list). A caption in a
+  list is text or an object with ``text`` and optionally ``length_class``, ``source``, ``model``,
+  ``model_revision``, ``prompt_hash`` and ``alignment``. An object may also carry ``licence`` (or ``license``),
+  ``source_url`` (or ``url``) and ``attribution`` (or ``author``); its other keys are kept as metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any, NoReturn
+
+from megatron_nucleus.data.images import UnusableImage
+from megatron_nucleus.types import Caption
+
+MAX_SIDECAR_BYTES = 1 << 20
+LENGTH_CLASSES = ("short", "medium", "detailed")
+SHORT_WORDS, MEDIUM_WORDS = 12, 40  # our own limits; captions of the published corpus average about 50 words
+_OPTIONAL_TEXT = ("model", "model_revision", "prompt_hash")
+
+
+@dataclasses.dataclass
+class SideData:
+    """What the files beside an image say."""
+
+    captions: list[Caption] = dataclasses.field(default_factory=list)
+    licence: str = "unknown"
+    source_url: str | None = None
+    attribution: str | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def length_class(text: str) -> str:
+    """``short`` up to 12 words, ``medium`` up to 40, else ``detailed``."""
+    words = len(text.split())
+    return "short" if words <= SHORT_WORDS else "medium" if words <= MEDIUM_WORDS else "detailed"
+
+
+def merge_captions(*groups: list[Caption]) -> list[Caption]:
+    """Captions in order, each text once."""
+    return list({c.text: c for group in reversed(groups) for c in reversed(group)}.values())[::-1]
+
+
+def parse_sidecars(files: list[tuple[str, bytes]]) -> SideData:
+    """Read ``(name, content)`` of the caption files of one image.
+
+    Raises:
+        UnusableImage: bad_caption, naming the file and what is wrong; missing_caption when none has any text.
+    """
+    data = SideData()
+    for name, content in files:
+        if len(content) > MAX_SIDECAR_BYTES:
+            raise UnusableImage("bad_caption", f"{name}: {len(content)} bytes, limit {MAX_SIDECAR_BYTES}")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UnusableImage("bad_caption", f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
+        if name.lower().endswith(".json"):
+            _parse_json(name, text, data)
+        else:
+            _add_caption(name, text, {"source": "txt file"}, data)
+    data.captions = merge_captions(data.captions)
+    if not data.captions:
+        raise UnusableImage("missing_caption", "no .txt or .json with a caption beside it")
+    return data
+
+
+def _parse_json(name: str, text: str, data: SideData) -> None:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        value = json.loads(text, parse_constant=refuse)
+        json.dumps(value).encode("ascii")
+    except (ValueError, RecursionError) as error:
+        raise UnusableImage("bad_caption", f"{name}: not valid JSON ({error})") from error
+    if isinstance(value, dict):
+        value = dict(value)
+        data.licence = _take_text(value, "licence", "license") or data.licence
+        data.source_url = _take_text(value, "source_url", "url") or data.source_url
+        data.attribution = _take_text(value, "attribution", "author") or data.attribution
+        entries = [value.pop(key) for key in ("caption", "captions") if value.get(key) is not None]
+        data.metadata.update({k: v for k, v in value.items() if k not in ("caption", "captions")})
+    else:
+        entries = [value]
+    for entry in entries:
+        for caption in entry if isinstance(entry, list) else [entry]:
+            _add_json_caption(name, caption, data)
+
+
+def _add_json_caption(name: str, value: Any, data: SideData) -> None:
+    if isinstance(value, str):
+        _add_caption(name, value, {"source": "json file"}, data)
+        return
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        raise UnusableImage("bad_caption", f"{name}: a caption must be text or an object with 'text'")
+    fields: dict[str, Any] = {"source": value.get("source") or "json file"}
+    if (given := value.get("length_class")) is not None:
+        if given not in LENGTH_CLASSES:
+            raise UnusableImage("bad_caption", f"{name}: length_class {given!r}, one of {', '.join(LENGTH_CLASSES)}")
+        fields["length_class"] = given
+    fields.update({key: value[key] for key in _OPTIONAL_TEXT if value.get(key) is not None})
+    if not all(isinstance(v, str) for v in fields.values()):
+        raise UnusableImage("bad_caption", f"{name}: source and model of a caption must be text")
+    if (alignment := value.get("alignment")) is not None:
+        if isinstance(alignment, bool) or not isinstance(alignment, (int, float)) or not math.isfinite(alignment):
+            raise UnusableImage("bad_caption", f"{name}: alignment must be a number")
+        fields["alignment"] = float(alignment)
+    _add_caption(name, value["text"], fields, data)
+
+
+def _add_caption(name: str, text: str, fields: dict[str, Any], data: SideData) -> None:
+    text = " ".join(text.split())
+    if not text:
+        return
+    caption = Caption(text=text, **{"length_class": length_class(text), **fields})
+    for value in dataclasses.astuple(caption):
+        if isinstance(value, str):
+            _check_storable(name, value)
+    data.captions.append(caption)
+
+
+def _take_text(value: dict, *names: str) -> str | None:
+    """Remove and return the first of the keys that holds text; other types stay in the metadata."""
+    for name in names:
+        if isinstance(value.get(name), str) and value[name].strip():
+            text = value.pop(name).strip()
+            _check_storable(name, text)
+            return text
+    return None
+
+
+def _check_storable(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnusableImage("bad_caption", f"{name}: text that is no valid Unicode ({error.reason})") from error

@@ -1,0 +1,276 @@
+"""Bytes -> RGB pixels, by one set of rules that curation and training share.
+
+- The content decides the format; the file name does not. Formats: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF,
+  JPEG 2000, PPM. A decode is always complete: a truncated file is an error.
+- EXIF orientation is applied. Of a camera's multi-picture JPEG (MPO) the first picture counts; animations and
+  files of several pages are refused.
+- Transparency is composited on white. Grey, palette and CMYK become RGB; 16-bit grey is scaled, not
+  clipped; floating-point, 32-bit and LAB pixels are refused: their range is not known.
+- An embedded ICC profile is converted to sRGB. One that is broken or of another colour space is ignored, as
+  browsers do, and noted.
+- More pixels than ``max_pixels`` in the header are refused before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile
+
+from megatron_nucleus.utils.errors import ConfigError
+
+MAX_PIXELS = 8096 * 8096  # the published side limit (FACTS: 256 <= W, H <= 8096), squared
+PILLOW_MAX_PIXELS = 2 * 89_478_485  # above this Pillow itself refuses to open a file
+EXTENSIONS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+    "AVIF": "avif",
+    "JPEG2000": "jp2",
+    "PPM": "ppm",
+}
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+_GREY16 = ("I;16", "I;16L", "I;16B", "I;16N")
+_ICC_SPACE = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+
+
+class UnusableImage(Exception):
+    """An image that cannot be used: ``reason`` is a short code for counting, ``detail`` is for people."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class Decoded(NamedTuple):
+    """A fully decoded image.
+
+    image: RGB, upright. format: Pillow's name of the real format. orientation: EXIF value as found (1-8).
+    notes: codes of harmless oddities (``icc_ignored``).
+    """
+
+    image: Image.Image
+    format: str
+    orientation: int
+    notes: tuple[str, ...]
+
+
+def sniff(head: bytes) -> str | None:
+    """Format by magic bytes (the first 32 suffice), ``HEIF`` for the one we know and cannot read, or None."""
+    for magic, name in _MAGIC:
+        if head.startswith(magic):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8:32]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        if any(b in brands for b in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")):
+            return "HEIF"
+    if len(head) > 2 and head[:1] == b"P" and head[1:2] in b"123456" and head[2:3] in b" \t\r\n":
+        return "PPM"
+    return None
+
+
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Silence Pillow's warnings about odd metadata; what matters is raised or noted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL(\..*)?")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def open_image(payload: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read the header only, and refuse what must not be decoded.
+
+    Raises:
+        UnusableImage: empty_file, not_an_image, unsupported_format, undecodable, decompression_bomb.
+    """
+    if not payload:
+        raise UnusableImage("empty_file", "0 bytes")
+    name = sniff(payload[:32])
+    if name is None:
+        raise UnusableImage("not_an_image", f"starts with {payload[:12]!r}")
+    if name not in EXTENSIONS:
+        raise UnusableImage("unsupported_format", f"{name}; convert it to JPEG or PNG")
+    try:
+        image = Image.open(io.BytesIO(payload), formats=[name])
+    except Image.DecompressionBombError as error:
+        raise UnusableImage("decompression_bomb", str(error)) from error
+    except Exception as error:  # decoders raise nearly any type on damaged input
+        raise UnusableImage("undecodable", _describe(error)) from error
+    if image.width * image.height > max_pixels:
+        raise UnusableImage(
+            "decompression_bomb", f"{image.width} x {image.height} px, limit {max_pixels} pixels"
+        )
+    return image
+
+
+def decode(payload: bytes, max_pixels: int = MAX_PIXELS, draft_px: tuple[int, int] | None = None) -> Decoded:
+    """Decode completely into an upright RGB image by the rules of this module.
+
+    draft_px: (width, height) as stored; lets a JPEG decode at 1/2, 1/4 or 1/8, never below this size.
+
+    Raises:
+        UnusableImage: as `open_image`; animated, multipage, unsupported_mode; undecodable when damaged.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ConfigError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: truncated images would pass as whole ones"
+        )
+    image = open_image(payload, max_pixels)
+    try:
+        if draft_px is not None and image.format in ("JPEG", "MPO"):
+            image.draft(image.mode, draft_px)
+        image.load()
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        orientation = _orientation(image)
+    except Exception as error:  # decoders raise nearly any type on damaged input
+        raise UnusableImage("undecodable", _describe(error)) from error
+    if animated:
+        kind = "multipage" if image.format == "TIFF" else "animated"
+        raise UnusableImage(kind, f"{getattr(image, 'n_frames', 2)} frames; extract the one you want")
+    try:
+        rgb, notes = _to_rgb(image)
+    except UnusableImage:
+        raise
+    except Exception as error:  # a lazily read part of the file can still be damaged
+        raise UnusableImage("undecodable", _describe(error)) from error
+    if orientation != 1:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    return Decoded(rgb, str(image.format), orientation, notes)
+
+
+def load_pixels(payload: bytes, width: int, height: int) -> np.ndarray:
+    """Decode, then fit into ``width`` x ``height`` px; returns uint8 RGB [height, width, 3].
+
+    Raises:
+        UnusableImage: see `decode`.
+    """
+    image = decode(payload, PILLOW_MAX_PIXELS, draft_px=_draft_size(payload, width, height)).image
+    return np.asarray(fit(image, width, height))
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale (Lanczos) and centre-crop to ``width`` x ``height`` px: never distorts, crops the least.
+
+    A smaller image is enlarged; curation's ``min_side_px`` decides how small one may be.
+    """
+    if image.size == (width, height):
+        return image
+    box = crop_box(image.width, image.height, width / height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def crop_box(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
+    """Largest centred box (left, top, right, bottom) of an image that has width / height == ``ratio``."""
+    if width > height * ratio:
+        margin = (width - height * ratio) / 2
+        return margin, 0.0, width - margin, float(height)
+    margin = (height - width / ratio) / 2
+    return 0.0, margin, float(width), height - margin
+
+
+def _draft_size(payload: bytes, width: int, height: int) -> tuple[int, int] | None:
+    """Decode size for a JPEG that is scaled down to ``width`` x ``height``: twice that keeps the quality."""
+    if not payload.startswith(b"\xff\xd8\xff"):
+        return None
+    side = 2 * max(width, height)
+    return side, side
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(_ORIENTATION_TAG, 1)
+    return value if value in _TRANSPOSE else 1
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    if image.mode in _GREY16 or (image.mode == "I" and image.format == "PNG"):
+        return _grey16_to_rgb(image)
+    if image.mode in ("I", "F", "LAB") or ";" in image.mode:
+        raise UnusableImage("unsupported_mode", f"{image.format} with pixels of mode {image.mode}")
+    space = "L" if image.mode in ("1", "L", "LA", "La") else "CMYK" if image.mode == "CMYK" else "RGB"
+    if image.mode not in ("LA", "La", "RGBA", "RGBa", "PA") and "transparency" not in image.info:
+        return _to_srgb(image.convert(space), image.info.get("icc_profile"))
+    with_alpha = image.convert("LA" if space == "L" else "RGBA")
+    alpha = with_alpha.getchannel("A")
+    rgb, notes = _to_srgb(with_alpha.convert(space), image.info.get("icc_profile"))
+    if alpha.getextrema() != (255, 255):
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, (255, 255, 255)), alpha)
+    return rgb, notes
+
+
+def _grey16_to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    if "transparency" in image.info:
+        raise UnusableImage("unsupported_mode", "16-bit grey with a transparent value")
+    values = np.asarray(image).astype(np.uint32)
+    if values.size and values.max() > 65535:
+        raise UnusableImage("unsupported_mode", "grey values above 16 bits")
+    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    return _to_srgb(Image.fromarray(grey), image.info.get("icc_profile"))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
+    if profile:
+        transform = _icc_transform(bytes(profile), image.mode)
+        if transform == "ignore":
+            return image.convert("RGB"), ("icc_ignored",)
+        if transform is not None:
+            converted = ImageCms.applyTransform(image, transform)
+            if converted is not None:
+                return converted, ()
+    return image.convert("RGB"), ()
+
+
+@functools.lru_cache(maxsize=64)
+def _icc_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | None:
+    """Transform to sRGB; None when the profile is sRGB already; ``ignore`` when it cannot be used."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != _ICC_SPACE[mode]:
+            return "ignore"
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return "ignore"
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,150 @@
+"""The run's curve: one JSON row per logged step in ``metrics.jsonl``, and the same scalars in TensorBoard.
+
+A resumed run continues one curve: rows of steps after the checkpoint, which the resumed run takes again, are
+removed first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_nucleus.utils.errors import DataError
+from megatron_nucleus.utils.files import write_atomic
+
+# Keys of every row, in this order; a caller may add more.
+KEYS = (
+    "step",
+    "samples_seen",
+    "loss",
+    "flow_loss",
+    "router_z_loss",
+    "grad_norm",
+    "lr",
+    "step_s",
+    "samples_per_s",
+    "model_tflops_per_device",
+    "mfu",
+    "skipped",
+    "bucket",
+    "peak_memory_bytes",
+    "timestamp",
+)
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes a run's metrics; use it as a context manager.
+
+    Args:
+        run_dir: folder of the run, created if missing.
+        step: steps already taken by the checkpoint that this run continues (0 = from the beginning). Rows and
+            TensorBoard events of later steps are dropped.
+        tensorboard: also write event files under ``run_dir/tensorboard``.
+
+    Raises:
+        DataError: an existing ``metrics.jsonl`` cannot be read.
+    """
+
+    def __init__(self, run_dir: str | Path, step: int = 0, *, tensorboard: bool = True):
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE_NAME
+        _truncate(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # purge_step hides events that an interrupted run wrote beyond its last checkpoint.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row and flush it. NaN and infinities become null and are left out of TensorBoard.
+
+        Raises:
+            ValueError: a key of `KEYS` is missing.
+        """
+        missing = [key for key in KEYS if key not in row]
+        if missing:
+            raise ValueError(f"metrics row lacks {', '.join(missing)}")
+        ordered = {key: row[key] for key in KEYS} | {k: v for k, v in row.items() if k not in KEYS}
+        plain = {key: _plain(value) for key, value in ordered.items()}
+        self._file.write(json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in plain.items():
+                if key not in ("step", "timestamp") and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"train/{key}", value, plain["step"])
+
+    def image(self, tag: str, picture: Any, step: int) -> None:
+        """Show a picture in TensorBoard: a PIL image or a uint8 array [height, width, 3]."""
+        if self._board is not None:
+            self._board.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of a ``metrics.jsonl``; a last line that was cut off by a crash is left out.
+
+    Raises:
+        DataError: the file is missing, or a line before the last is no JSON object with a ``step``.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no text; move it away to start a new curve") from error
+    unfinished = lines.pop()  # empty when the file ends in a newline
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is None:
+            raise DataError(
+                f"{path}: line {number} is damaged; mend it or move the file away to start a new curve"
+            )
+        rows.append(row)
+    last = _parse(unfinished)
+    return rows if last is None else [*rows, last]
+
+
+def _parse(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the rows up to ``step``; the file is replaced at once or not at all."""
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as Python numbers (0-d tensors and arrays included), non-finite ones as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

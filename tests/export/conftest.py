@@ -1,0 +1,131 @@
+"""Tiny models and checkpoints for the tests of reading, converting and merging."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_nucleus.core.models.nucleus import NucleusTransformer
+from megatron_nucleus.core.models.presets import ModelShape
+from megatron_nucleus.export import native
+from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.types import TrainState
+
+# 2F == D: a transposed expert matrix would pass every shape check.
+TINY = ModelShape(
+    num_layers=5,
+    num_attention_heads=2,
+    attention_head_dim=16,
+    num_key_value_heads=1,
+    text_dim=24,
+    latent_channels=4,
+    patch_size=2,
+    axes_dims_rope=(4, 6, 6),
+    mlp_ratio=8.0,
+    dense_moe_strategy="leave_first_block_dense",
+    num_experts=4,
+    moe_intermediate_dim=16,
+    capacity_factors=(0.0, 2.0, 2.0, 1.0, 2.0),
+    use_sigmoid=False,
+    route_scale=2.5,
+)
+EXTRA = {
+    "seed": 5,
+    "codec": {"name": "dct", "coefficients": [8, 4, 4]},
+    "text_encoder": {"name": "ngram"},
+    "sampling": {"steps": 20, "guidance": 4.0, "shift": 1.0, "height": 64, "width": 64},
+    "data": {"manifest_hash": "abc"},
+    "git_commit": "0123",
+    "versions": {"torch": torch.__version__},
+}
+
+
+class MomentumOnly:
+    """The least a run's optimizer must offer: state tensors and scalars."""
+
+    def __init__(self, model):
+        self.state = {f"momentum.{n}": torch.randn_like(p) for n, p in model.named_parameters()}
+        self.updates = 0
+
+    def tensors(self):
+        return self.state
+
+    def scalars(self):
+        return {"updates": self.updates}
+
+    def load_scalars(self, scalars):
+        self.updates = scalars["updates"]
+
+
+def shape_of(**changes) -> ModelShape:
+    shape = dict(dataclasses.asdict(TINY), **changes)
+    if {"num_layers", "dense_moe_strategy"} & changes.keys():
+        shape["capacity_factors"] = (1.0, 2.0, 1.0, 3.0, 2.0, 4.0)[: shape["num_layers"]]
+    return ModelShape(**shape)
+
+
+def random_model(shape: ModelShape, seed: int, dtype: torch.dtype = torch.float32) -> NucleusTransformer:
+    """Every value random, norms and zero-initialised matrices too."""
+    model = NucleusTransformer(shape)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model.to(dtype)
+
+
+def random_diffusers(shape: ModelShape, seed: int, **config):
+    """A diffusers module of the same architecture, built from keywords written here by hand."""
+    from diffusers import NucleusMoEImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = NucleusMoEImageTransformer2DModel(
+        patch_size=shape.patch_size,
+        in_channels=shape.latent_channels * shape.patch_size**2,
+        out_channels=shape.latent_channels,
+        num_layers=shape.num_layers,
+        attention_head_dim=shape.attention_head_dim,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        joint_attention_dim=shape.text_dim,
+        axes_dims_rope=shape.axes_dims_rope,
+        mlp_ratio=shape.mlp_ratio,
+        dense_moe_strategy=shape.dense_moe_strategy,
+        num_experts=shape.num_experts,
+        moe_intermediate_dim=shape.moe_intermediate_dim,
+        capacity_factors=list(shape.capacity_factors),
+        use_sigmoid=shape.use_sigmoid,
+        route_scale=shape.route_scale,
+        **config,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def save_run(run: Path, weights: NucleusTransformer, step: int, **extra) -> Path:
+    """Save ``weights`` as a step of the run folder ``run``."""
+    saver = Checkpointer(run / "checkpoints")
+    state = TrainState(weights, MomentumOnly(weights), step, 8 * step)
+    return saver.save(state, {**EXTRA, "model": native.shape_to_dict(weights.shape), **extra})
+
+
+def flip_byte(path: Path) -> None:
+    """Alter the last byte of a file, keeping its size."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def make():
+    """The functions above, for tests in this folder."""
+    import types
+
+    return types.SimpleNamespace(
+        shape=shape_of, model=random_model, diffusers=random_diffusers, run=save_run, flip=flip_byte, extra=EXTRA
+    )

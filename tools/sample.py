@@ -1,0 +1,102 @@
+"""Draw pictures from a checkpoint: native (a run, one step, a merged folder) or diffusers.
+
+Settings that are not given are those stored in the checkpoint. Pictures of one prompt follow each other; picture
+number i, which is file 0000i.png, uses seed + i. Writes DIR/00000.png, ..., DIR/samples.jsonl and DIR/grid.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_nucleus.inference.outputs import check_folder, read_prompts, write_samples
+from megatron_nucleus.inference.pipeline import load_pipeline
+from megatron_nucleus.utils.cli import add_json_flag, print_json, run
+from megatron_nucleus.utils.config import Parser
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_parser() -> Parser:
+    """Every flag of the program."""
+    parser = Parser(prog="tools/sample.py", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="run, step, merged, diffusers or pipeline folder"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help='one prompt; "" is the empty prompt')
+    what.add_argument(
+        "--prompts", metavar="FILE", help='one prompt per line (blank ones skipped), or .jsonl with "prompt"'
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the pictures of an earlier job in DIR"
+    )
+    stored = "[default: the checkpoint's]"
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--height", type=int, metavar="N", help=f"height of a picture [px] {stored}")
+    sampling.add_argument("--width", type=int, metavar="N", help=f"width of a picture [px] {stored}")
+    sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps {stored}")
+    sampling.add_argument("--guidance", type=float, metavar="X", help=f"guidance; 1 or less = none {stored}")
+    sampling.add_argument("--shift", type=float, metavar="X", help=f"shift of the noise levels {stored}")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first picture [0]")
+    sampling.add_argument(
+        "--negative-prompt", default="", metavar="TEXT", help="what to steer away from [the empty prompt]"
+    )
+    sampling.add_argument(
+        "--samples-per-prompt", type=int, default=1, metavar="N", help="pictures a prompt [1]"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="pictures drawn at once [16]"
+    )
+    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [auto]")
+    machine.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the model [as stored]")
+    machine.add_argument("--codec-path", metavar="PATH", help="folder or hub id of the Qwen-Image VAE")
+    machine.add_argument("--text-encoder-path", metavar="PATH", help="folder or hub id of Qwen3-VL")
+    add_json_flag(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, draw, print."""
+    args = build_parser().parse_args(argv)
+    if args.prompts is not None:
+        prompts, blank_lines = read_prompts(args.prompts)
+        if blank_lines:
+            print(f"{args.prompts}: {len(prompts)} prompts, {blank_lines} blank lines skipped")
+    else:
+        prompts = [args.prompt]
+    check_folder(args.output, args.overwrite)  # before a model is loaded
+    pipeline = load_pipeline(
+        args.checkpoint,
+        device=args.device,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        codec_path=args.codec_path,
+        text_encoder_path=args.text_encoder_path,
+    )
+    config = pipeline.settings(
+        height=args.height, width=args.width, steps=args.steps, guidance=args.guidance, shift=args.shift
+    )
+    result = write_samples(
+        pipeline,
+        prompts,
+        args.output,
+        config=config,
+        samples_per_prompt=args.samples_per_prompt,
+        seed=args.seed,
+        negative_prompt=args.negative_prompt,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{result['images']} pictures of {config.width} x {config.height} px in {result['seconds']:.1f} s: "
+        f"{result['output']}, overview {result['grid']}"
+    )
+    if args.json:
+        print_json({**result, "checkpoint": args.checkpoint})
+
+
+if __name__ == "__main__":
+    run(main)
