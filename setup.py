@@ -1,7 +1,7 @@
 """Package metadata and the optional C++ extension ``megatron_nucleus._C`` (csrc/README.md).
 
-``python setup.py build_ext --inplace`` builds the extension alone. Without a C++20 compiler or without torch the
-package installs all the same: every operation also exists in plain torch (tools/doctor.py shows what is used).
+``python setup.py build_ext --inplace`` builds the extension alone. Without a C++20 compiler or without torch
+the package installs all the same: every operation also exists in plain torch (tools/doctor.py shows which run).
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "megatron_nucleus" / "__init__.py").read_text())[1]
 
-# Oldest torch whose stable C++ interface the extension is built for: 2.11, as bytes 7 and 6 of a 64-bit number.
+# Oldest torch the extension is built for through the stable C++ interface: 2.11 (major and minor as bytes).
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 REQUIRES = [
@@ -39,7 +39,7 @@ EXTRAS = {
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
     "test": [
         *HF,
-        "triton>=3.6; platform_system == 'Linux'",  # kernels run interpreted and are compiled for sm_90 without a GPU
+        "triton>=3.6; platform_system == 'Linux'",  # kernels run interpreted and are compiled without a GPU
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "pytest-timeout>=2.3",
@@ -48,9 +48,9 @@ EXTRAS = {
         "scikit-learn>=1.5",
         "ruff>=0.11",
     ],
-    # For machines with an NVIDIA GPU, each alone. None belongs in `test`: flash-attn is source only and needs nvcc;
-    # transformer-engine's import raises RuntimeError without cuDNN; DALI is 194 MB. apex and DeepEP cannot be listed:
-    # the name `apex` on PyPI is another project, and DeepEP is not there (build both from their repositories).
+    # For machines with an NVIDIA GPU, each alone. None belongs in `test`: flash-attn is source only and needs
+    # nvcc; transformer-engine's import raises RuntimeError without cuDNN; DALI is 194 MB. apex and DeepEP cannot
+    # be listed: `apex` on PyPI is another project, and DeepEP is not there (build both from their repositories).
     "flash-attn": ["flash-attn>=2.8"],
     "transformer-engine": ["transformer-engine[pytorch]>=2.10"],
     "dali": ["nvidia-dali-cuda130>=1.51"],
@@ -96,8 +96,8 @@ def extensions() -> list[Extension]:
             library_dirs=[str(torch_root / "lib")],
             libraries=["torch", "torch_cpu", "c10"],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-            # -fopenmp-simd: vectorised sums without an OpenMP runtime (threads are torch's). -fno-thread-jumps: the
-            # pass splits the clamp of exp into branches and doubles the divisions of the vectorised SwiGLU.
+            # -fopenmp-simd: vectorised sums without an OpenMP runtime (threads are torch's). -fno-thread-jumps:
+            # the pass turns the clamp of exp into branches and doubles the divisions of the vectorised SwiGLU.
             extra_compile_args=[
                 "-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast",
                 "-fno-math-errno", "-fno-trapping-math", "-fno-thread-jumps",

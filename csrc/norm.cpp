@@ -138,27 +138,27 @@ MN_INLINE void rms_norm_chunk(const T* __restrict grad, const T* __restrict x, c
   }
 }
 
-#define MN_NORM(T)                                                                                                   \
-  MN_VECTORISED void layer_norm_of(const T* x, const T* scale, T* modulated, T* plain, Wide<T> eps, int64_t S,       \
-                                   int64_t D, int64_t begin, int64_t end) {                                          \
-    layer_norm_rows<T>(x, scale, modulated, plain, eps, S, D, begin, end);                                           \
-  }                                                                                                                  \
-  MN_VECTORISED void layer_norm_chunk_of(const T* grad, const T* grad_plain, const T* x, const T* scale, T* grad_x,  \
-                                         Wide<T>* grad_scale, Wide<T>* scratch, Wide<T> eps, int64_t D,              \
-                                         int64_t tokens) {                                                           \
-    if (grad_plain != nullptr) {                                                                                     \
-      layer_norm_chunk<true, T>(grad, grad_plain, x, scale, grad_x, grad_scale, scratch, eps, D, tokens);            \
-    } else {                                                                                                         \
-      layer_norm_chunk<false, T>(grad, grad_plain, x, scale, grad_x, grad_scale, scratch, eps, D, tokens);           \
-    }                                                                                                                \
-  }                                                                                                                  \
-  MN_VECTORISED void rms_norm_of(const T* x, const T* weight, T* out, Wide<T> eps, int64_t D, int64_t begin,         \
-                                 int64_t end) {                                                                      \
-    rms_norm_rows<T>(x, weight, out, eps, D, begin, end);                                                            \
-  }                                                                                                                  \
-  MN_VECTORISED void rms_norm_chunk_of(const T* grad, const T* x, const T* weight, T* grad_x, Wide<T>* grad_weight,  \
-                                       Wide<T> eps, int64_t D, int64_t rows) {                                       \
-    rms_norm_chunk<T>(grad, x, weight, grad_x, grad_weight, eps, D, rows);                                           \
+#define MN_NORM(T)                                                                                                    \
+  MN_VECTORISED void layer_norm_of(const T* x, const T* scale, T* modulated, T* plain, Wide<T> eps, int64_t S,        \
+                                   int64_t D, int64_t begin, int64_t end) {                                           \
+    layer_norm_rows<T>(x, scale, modulated, plain, eps, S, D, begin, end);                                            \
+  }                                                                                                                   \
+  MN_VECTORISED void layer_norm_chunk_of(const T* grad, const T* grad_plain, const T* x, const T* scale, T* grad_x,   \
+                                         Wide<T>* grad_scale, Wide<T>* scratch, Wide<T> eps, int64_t D,               \
+                                         int64_t tokens) {                                                            \
+    if (grad_plain != nullptr) {                                                                                      \
+      layer_norm_chunk<true, T>(grad, grad_plain, x, scale, grad_x, grad_scale, scratch, eps, D, tokens);             \
+    } else {                                                                                                          \
+      layer_norm_chunk<false, T>(grad, grad_plain, x, scale, grad_x, grad_scale, scratch, eps, D, tokens);            \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  MN_VECTORISED void rms_norm_of(const T* x, const T* weight, T* out, Wide<T> eps, int64_t D, int64_t begin,          \
+                                 int64_t end) {                                                                       \
+    rms_norm_rows<T>(x, weight, out, eps, D, begin, end);                                                             \
+  }                                                                                                                   \
+  MN_VECTORISED void rms_norm_chunk_of(const T* grad, const T* x, const T* weight, T* grad_x, Wide<T>* grad_weight,   \
+                                       Wide<T> eps, int64_t D, int64_t rows) {                                        \
+    rms_norm_chunk<T>(grad, x, weight, grad_x, grad_weight, eps, D, rows);                                            \
   }
 MN_NORM(float)
 MN_NORM(double)

@@ -62,13 +62,13 @@ MN_INLINE void backward_rows(const T* __restrict grad, const T* __restrict gate_
   }
 }
 
-#define MN_SWIGLU(T)                                                                                             \
-  MN_VECTORISED void forward_of(const T* gate_up, T* out, int64_t F, int64_t begin, int64_t end) {               \
-    forward_rows<T>(gate_up, out, F, begin, end);                                                                \
-  }                                                                                                              \
-  MN_VECTORISED void backward_of(const T* grad, const T* gate_up, T* grad_gate_up, int64_t F, int64_t begin,     \
-                                 int64_t end) {                                                                  \
-    backward_rows<T>(grad, gate_up, grad_gate_up, F, begin, end);                                                \
+#define MN_SWIGLU(T)                                                                                                  \
+  MN_VECTORISED void forward_of(const T* gate_up, T* out, int64_t F, int64_t begin, int64_t end) {                    \
+    forward_rows<T>(gate_up, out, F, begin, end);                                                                     \
+  }                                                                                                                   \
+  MN_VECTORISED void backward_of(const T* grad, const T* gate_up, T* grad_gate_up, int64_t F, int64_t begin,          \
+                                 int64_t end) {                                                                       \
+    backward_rows<T>(grad, gate_up, grad_gate_up, F, begin, end);                                                     \
   }
 MN_SWIGLU(float)
 MN_SWIGLU(double)

@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_nucleus import _C  # noqa: F401  registers torch.ops.megatron_nucleus.*
+import megatron_nucleus._C  # noqa: F401  registers torch.ops.megatron_nucleus.*
 
 _ops = torch.ops.megatron_nucleus
-
-
-def gather_rows(x_TD: Tensor, index_N: Tensor) -> Tensor:
-    """`ops.moe_rows.gather_rows`."""
-    return x_TD.index_select(0, index_N)
 
 
 def combine_rows(base_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, index_N: Tensor) -> Tensor:
@@ -40,8 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """`ops.swiglu.swiglu`."""
-    flat = gate_up.contiguous().view(-1, gate_up.shape[-1])
-    return _ops.swiglu(flat).view(*gate_up.shape[:-1], -1)
+    width = gate_up.shape[-1]
+    return _ops.swiglu(gate_up.contiguous().view(-1, width)).view(*gate_up.shape[:-1], width // 2)
 
 
 def expert_ffn(rows_END: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -87,7 +89,9 @@ def encode_corpus(
     """
     corpus, output = open_corpus(source), Path(output)
     if corpus.encoded is not None:
-        raise ConfigError(f"--data-path {source}: is encoded already; give a folder that tools/curate.py made")
+        raise ConfigError(
+            f"--data-path {source}: is encoded already; give a folder that tools/curate.py made"
+        )
     multiple_px = codec.stride_px * patch_size
     sizes = {bucket: buckets.size(bucket, resolution_px, multiple_px) for bucket in corpus.buckets}
     encoded = {
@@ -99,10 +103,11 @@ def encode_corpus(
     settings = {"source": corpus.manifest_hash, **encoded, **dataclasses.asdict(config)}
     if claim_output(output, "encode", settings) != "complete":
         (output / PROGRESS).mkdir(exist_ok=True)
+        for half_written in output.glob("shards/.*.tmp*"):  # of a killed process
+            half_written.unlink()
         maker = _FeatureMaker(codec, text_encoder, config)
-        empty = maker.texts([""])[0]
-        write_atomic(output / EMPTY_TEXT_FILE, pack_empty_text(empty))
-        _encode_shards(corpus, output, maker, sizes, num_workers, progress)
+        write_atomic(output / EMPTY_TEXT_FILE, pack_empty_text(maker.texts([""])[0]))
+        _encode_shards(corpus, output, maker, sizes, num_workers, _adder(progress, len(corpus)))
         _finish(corpus, output, settings, encoded)
     shutil.rmtree(output / PROGRESS, ignore_errors=True)
     manifest = json.loads((output / "manifest.json").read_text())
@@ -116,51 +121,51 @@ def _encode_shards(
     maker: _FeatureMaker,
     sizes: dict[str, tuple[int, int]],
     num_workers: int,
-    progress: Callable[[int, int], None] | None,
+    advance: Callable[[int], None],
 ) -> None:
+    """Make every shard that has no record yet, in the order of their names."""
     parts_of = _parts_by_tar(corpus)
-    done, numbers = 0, Counter()
+    numbers: Counter[str] = Counter()
     for tar in sorted(parts_of):
         record = _read_record(output, tar)
-        if record is None:
+        if record is not None:
+            advance(record["seen"])
+        else:
             rows = _rows_of(parts_of[tar], tar)
             bucket = rows[0]["aspect_bucket"]
             if any(row["aspect_bucket"] != bucket for row in rows):
                 raise DataError(f"{corpus.root / tar}: holds several aspect buckets; curate the images again")
-            reader = _SampleReader(corpus.root, rows, *sizes[bucket])
             writer = _Output(output, bucket, numbers[bucket], maker.config.max_shard_bytes)
+            batches = DataLoader(
+                _SampleReader(corpus.root, rows, *sizes[bucket]),
+                batch_size=maker.config.encode_batch_size,
+                num_workers=num_workers,
+                collate_fn=list,
+                worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # else the global generator is drawn from
+            )
             try:
-                record = _encode_shard(tar, rows, reader, writer, maker, num_workers, progress, done, len(corpus))
+                record = _encode_shard(rows, batches, writer, maker, advance)
             except BaseException:
                 writer.abort()
                 raise
             _write_record(output, tar, record, writer)
-        done += record["seen"]
         for shard in record["shards"]:
             numbers[shard["bucket"]] += 1
-        if progress is not None:
-            progress(done, len(corpus))
 
 
 def _encode_shard(
-    tar: str,
     rows: list[dict],
-    reader: _SampleReader,
+    batches: DataLoader,
     writer: _Output,
     maker: _FeatureMaker,
-    num_workers: int,
-    progress: Callable[[int, int], None] | None,
-    done: int,
-    total: int,
+    advance: Callable[[int], None],
 ) -> dict:
+    """Encode one source shard; returns its record."""
     truncated_before = maker.text_encoder.truncated
-    batches = DataLoader(
-        reader, batch_size=maker.config.encode_batch_size, num_workers=num_workers, collate_fn=_identity
-    )
     seen = captions = 0
     for batch in batches:
-        good = [sample for sample in batch if sample.pixels is not None]
-        features = iter(maker.samples(good))
+        features = iter(maker.samples([sample for sample in batch if sample.pixels is not None]))
         for sample in batch:
             row = rows[seen]
             seen += 1
@@ -169,10 +174,8 @@ def _encode_shard(
                 continue
             captions += len(sample.info["captions"])
             writer.add(row, {"safetensors": next(features), "json": encode_json(sample.info)})
-        if progress is not None:
-            progress(done + seen, total)
+        advance(len(batch))
     return {
-        "tar": tar,
         "seen": seen,
         "captions": captions,
         "captions_truncated": maker.text_encoder.truncated - truncated_before,
@@ -182,8 +185,10 @@ def _encode_shard(
 
 def _finish(corpus: Corpus, output: Path, settings: dict, encoded: dict) -> None:
     """Index, quarantine and manifest from the records of all shards."""
-    parts = index.ParquetParts(_fresh(output / "index"), index.INDEX_SCHEMA)
-    lost = index.ParquetParts(_fresh(output / "quarantine"), index.QUARANTINE_SCHEMA)
+    for name in ("index", "quarantine"):  # of an attempt that was stopped here
+        shutil.rmtree(output / name, ignore_errors=True)
+    parts = index.ParquetParts(output / "index", index.INDEX_SCHEMA)
+    lost = index.ParquetParts(output / "quarantine", index.QUARANTINE_SCHEMA)
     shards, reasons, counts = [], Counter(), Counter()
     for tar in sorted(_parts_by_tar(corpus)):
         record = _read_record(output, tar)
@@ -198,7 +203,9 @@ def _finish(corpus: Corpus, output: Path, settings: dict, encoded: dict) -> None
             lost.add(row)
             reasons[row["reason"]] += 1
     if not counts["kept"]:
-        raise DataError(f"{corpus.root}: no image could be decoded ({dict(reasons)}); curate the images again")
+        raise DataError(
+            f"{corpus.root}: no image could be decoded ({dict(reasons)}); curate the images again"
+        )
     lost.close()
     write_manifest(
         output,
@@ -351,8 +358,6 @@ def _record_stem(output: Path, tar: str) -> Path:
 
 def _write_record(output: Path, tar: str, record: dict, writer: _Output) -> None:
     """Rows first, the record last: it says that the shard is finished."""
-    import pyarrow as pa
-
     stem = _record_stem(output, tar)
     for suffix, rows, schema in (
         (".kept", writer.rows, index.INDEX_SCHEMA),
@@ -370,15 +375,26 @@ def _read_record(output: Path, tar: str) -> dict | None:
         return None
     record = json.loads(path.read_text())
     whole = all(
-        (output / s["tar"]).is_file() and (output / s["tar"]).stat().st_size == s["bytes"] for s in record["shards"]
+        (output / s["tar"]).is_file() and (output / s["tar"]).stat().st_size == s["bytes"]
+        for s in record["shards"]
     )
     return record if whole else None
 
 
-def _fresh(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+def _adder(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """A callable that adds to the images done and reports the sum."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    return advance
 
 
-def _identity(samples: list[_Sample]) -> list[_Sample]:
-    return samples
+def _start_worker(_: int) -> None:
+    """Stopping is the main process's decision: Ctrl-C also reaches the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

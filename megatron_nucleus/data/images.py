@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -39,6 +40,19 @@ EXTENSIONS = {
     "JPEG2000": "jp2",
     "PPM": "ppm",
 }
+_FORMAT_OF_EXTENSION = {
+    **dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG"),
+    **dict.fromkeys(("png", "apng"), "PNG"),
+    **dict.fromkeys(("bmp", "dib"), "BMP"),
+    **dict.fromkeys(("tif", "tiff"), "TIFF"),
+    **dict.fromkeys(("jp2", "j2k", "jpf"), "JPEG2000"),
+    **dict.fromkeys(("ppm", "pgm", "pbm", "pnm"), "PPM"),
+    **dict.fromkeys(("heic", "heif"), "HEIF"),
+    "webp": "WEBP",
+    "gif": "GIF",
+    "avif": "AVIF",
+}
+IMAGE_EXTENSIONS = frozenset(_FORMAT_OF_EXTENSION)
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -105,6 +119,11 @@ def sniff(head: bytes) -> str | None:
     return None
 
 
+def matches_extension(extension: str, format: str) -> bool:
+    """Whether a file name's extension (lower case, no dot) is one of the format that the content has."""
+    return _FORMAT_OF_EXTENSION.get(extension) == ("JPEG" if format == "MPO" else format)
+
+
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
     """Silence Pillow's warnings about odd metadata; what matters is raised or noted."""
@@ -125,7 +144,7 @@ def open_image(payload: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     name = sniff(payload[:32])
     if name is None:
         raise UnusableImage("not_an_image", f"starts with {payload[:12]!r}")
-    if name not in EXTENSIONS:
+    if name not in EXTENSIONS or (name == "AVIF" and not features.check("avif")):
         raise UnusableImage("unsupported_format", f"{name}; convert it to JPEG or PNG")
     try:
         image = Image.open(io.BytesIO(payload), formats=[name])
@@ -141,18 +160,22 @@ def open_image(payload: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode(payload: bytes, max_pixels: int = MAX_PIXELS, draft_px: tuple[int, int] | None = None) -> Decoded:
+    """Decode completely into an upright RGB image: `open_image`, then `decode_opened`."""
+    return decode_opened(open_image(payload, max_pixels), draft_px)
+
+
+def decode_opened(image: Image.Image, draft_px: tuple[int, int] | None = None) -> Decoded:
     """Decode completely into an upright RGB image by the rules of this module.
 
     draft_px: (width, height) as stored; lets a JPEG decode at 1/2, 1/4 or 1/8, never below this size.
 
     Raises:
-        UnusableImage: as `open_image`; animated, multipage, unsupported_mode; undecodable when damaged.
+        UnusableImage: animated, multipage, unsupported_mode; undecodable when damaged.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on: truncated images would pass as whole ones"
         )
-    image = open_image(payload, max_pixels)
     try:
         if draft_px is not None and image.format in ("JPEG", "MPO"):
             image.draft(image.mode, draft_px)
@@ -273,4 +296,6 @@ def _icc_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | st
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    """One line, the same on every run: no memory addresses."""
+    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:300]

@@ -20,6 +20,7 @@ from megatron_nucleus.utils.files import sha256_file
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 50_000
 ROWS_PER_GROUP = 25_000
+_ROWS_PER_CHUNK = 5_000
 
 CAPTION_TYPE = pa.struct(
     [
@@ -114,33 +115,53 @@ class ParquetParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files: list[dict] = []
         self._rows: list[dict] = []
+        self._tables: list[pa.Table] = []
+        self._waiting = 0
 
     def add(self, row: dict) -> None:
         """Append one row; a key outside the schema is a bug and raises KeyError."""
         if unknown := row.keys() - set(self.schema.names):
             raise KeyError(f"not in the schema: {sorted(unknown)}")
         self._rows.append(row)
-        if len(self._rows) >= self.rows_per_file:
-            self._flush()
+        if len(self._rows) >= _ROWS_PER_CHUNK:
+            self._settle()
+
+    def add_table(self, table: pa.Table) -> None:
+        """Append rows as a table of the schema."""
+        self._settle()
+        self._append(table)
 
     def close(self) -> list[dict]:
         """Write the rest; returns ``{"path", "rows", "bytes", "sha256"}`` per file, path from the parent."""
-        if self._rows:
-            self._flush()
+        self._settle()
+        if self._waiting:
+            self._write(self._waiting)
         return self.files
 
-    def _flush(self) -> None:
+    def _settle(self) -> None:
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self._append(pa.Table.from_pylist(rows, schema=self.schema))
+
+    def _append(self, table: pa.Table) -> None:
+        self._tables.append(table.cast(self.schema))
+        self._waiting += len(table)
+        while self._waiting >= self.rows_per_file:
+            self._write(self.rows_per_file)
+
+    def _write(self, rows: int) -> None:
         path = self.folder / f"part-{len(self.files):05d}.parquet"
-        write_table(pa.Table.from_pylist(self._rows, schema=self.schema), path)
+        table = pa.concat_tables(self._tables).combine_chunks()
+        write_table(table.slice(0, rows), path)
+        self._tables, self._waiting = [table.slice(rows)], self._waiting - rows
         self.files.append(
             {
                 "path": f"{self.folder.name}/{path.name}",
-                "rows": len(self._rows),
+                "rows": rows,
                 "bytes": path.stat().st_size,
                 "sha256": sha256_file(path),
             }
         )
-        self._rows = []
 
 
 def write_table(table: pa.Table, path: Path) -> None:

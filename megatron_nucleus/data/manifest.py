@@ -2,8 +2,8 @@
 
     manifest.json   shards/<bucket>-NNNNN.tar   index/part-NNNNN.parquet   quarantine/*.parquet   report.html
 
-While a folder is being made it holds ``.building.json`` with the settings instead; a program that finds one
-with its own settings goes on, and any other program refuses the folder.
+While a folder is being made it holds ``.building.json`` with the settings instead; the program that wrote it
+may go on, any other refuses the folder.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ MARKER = ".building.json"
 def claim_output(folder: str | Path, tool: str, settings: dict) -> str:
     """Take ``folder`` for the output of ``tool``; returns ``new``, ``resume`` or ``complete``.
 
-    settings: everything that decides the content, as JSON values. A folder made with other settings, or that
-    holds anything else, is refused.
+    settings: everything that decides the content, as JSON values. A finished folder made with other settings,
+    or one that holds anything else, is refused. Of an unfinished folder the caller reuses what still fits.
 
     Raises:
         ConfigError: the folder is in use for something else, with what differs.
@@ -38,17 +38,22 @@ def claim_output(folder: str | Path, tool: str, settings: dict) -> str:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--output {folder}: is a file; give a folder")
     wanted = json.loads(json.dumps({"tool": tool, **settings}))
-    for name, state in ((MANIFEST, "complete"), (MARKER, "resume")):
-        if (folder / name).is_file():
-            found = _read_json(folder / name)
-            found = found.get("settings") if state == "complete" else found
-            if found == wanted:
-                return state
-            kind = "a finished data set" if state == "complete" else "an unfinished data set"
+    if (folder / MANIFEST).is_file():
+        found = _read_json(folder / MANIFEST).get("settings")
+        if found == wanted:
+            return "complete"
+        raise ConfigError(
+            f"--output {folder}: holds a finished data set made differently ({_difference(found, wanted)}); "
+            "choose another folder or remove this one"
+        )
+    if (folder / MARKER).is_file():
+        found = _read_json(folder / MARKER)
+        if found.get("tool") != tool:
             raise ConfigError(
-                f"--output {folder}: holds {kind} made differently ({_difference(found, wanted)}); "
-                "choose another folder or remove this one"
+                f"--output {folder}: holds unfinished work of {found.get('tool')}; choose another"
             )
+        write_json_atomic(folder / MARKER, wanted)
+        return "resume"
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
             f"--output {folder}: not empty, and not made by this program; choose another folder"

@@ -84,7 +84,7 @@ class Planner:
             key = key64(self.seed, epoch, f"permutation:{self.buckets[index]}")
             rows[chosen] = permute(ordinals[chosen] - epoch * count, count, key)
         last = int(epochs[-1])
-        return StepPlan(step, self.buckets[index], rows, last, first > 0 and last > (first - 1) // count)
+        return StepPlan(step, self.buckets[index], rows, last, last > max(0, first - 1) // count)
 
     def epochs_at(self, step: int) -> dict[str, float]:
         """How often each bucket has been passed through before ``step`` (2.5: half-way in the third pass)."""

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from megatron_nucleus.export.staging import explain_write_error
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_atomic, write_json_atomic
 
@@ -40,7 +41,7 @@ class SampleStore:
 
     Raises:
         ConfigError: the folder holds something else, or samples made with other settings (naming them).
-        DataError: its settings file is damaged.
+        DataError: its settings file is damaged, or the disk is full.
     """
 
     def __init__(self, folder: str | Path, records: Sequence[dict], samples_per_prompt: int, settings: dict):
@@ -48,14 +49,17 @@ class SampleStore:
             raise ConfigError(f"--samples-per-prompt {samples_per_prompt}: at least 1 is needed")
         self.folder, self.records, self.samples_per_prompt = Path(folder), list(records), samples_per_prompt
         lines = [json.dumps(record, sort_keys=True) for record in self.records]
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
         settings = {
             "format": 1,
             **settings,
             "samples_per_prompt": samples_per_prompt,
-            "prompts_sha256": digest,
+            "prompts": digest,
         }
-        self._open(json.loads(json.dumps(settings)))
+        try:
+            self._open(json.loads(json.dumps(settings)))
+        except OSError as error:
+            raise explain_write_error(error, self.folder, "what was there is unchanged") from error
 
     def _open(self, settings: dict) -> None:
         file = self.folder / SETTINGS_NAME
@@ -63,7 +67,7 @@ class SampleStore:
             raise ConfigError(f"--output {self.folder}: is a file; name a folder")
         if file.is_file():
             self._compare(file, settings)
-        elif self.folder.is_dir() and any(p.suffix != ".tmp" for p in self.folder.iterdir()):
+        elif self.folder.is_dir() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
             raise ConfigError(
                 f"--output {self.folder}: holds other files and no {SETTINGS_NAME}; name a new folder"
             )
@@ -102,11 +106,14 @@ class SampleStore:
         return [request for request in wanted if not _is_whole(self.path(request))]
 
     def add(self, request: Request, picture: Image.Image) -> None:
-        """Save one picture under its final name at once."""
+        """Save one picture: whole under its final name, or not at all."""
         path = self.path(request)
         temporary = path.with_name(f".{path.name}.tmp")
-        picture.save(temporary, "PNG", compress_level=1)
-        os.replace(temporary, path)
+        try:
+            picture.save(temporary, "PNG", compress_level=1)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise explain_write_error(error, path, "the pictures made so far are kept") from error
 
 
 def _is_whole(path: Path) -> bool:

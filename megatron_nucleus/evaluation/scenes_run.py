@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_nucleus.data.scenes import SceneConfig, benchmark_prompts, render_all, scene_for
+from megatron_nucleus.evaluation.detector import MIN_SIDE_PX
 from megatron_nucleus.evaluation.sample_store import Request, SampleStore, fingerprint
 from megatron_nucleus.evaluation.scenes import score_samples, summarise
 from megatron_nucleus.utils.config import knob, to_dict
@@ -206,6 +207,9 @@ def _model(run: SceneEvaluation, records: list[dict], checkpoint, untrained: boo
         )
 
     resolved = dataclasses.asdict(pipeline.settings(**sampling))
+    for name in ("height", "width"):
+        if resolved[name] < MIN_SIDE_PX:
+            raise ConfigError(f"--{name} {resolved[name]}: the scorer needs at least {MIN_SIDE_PX} px")
     settings = {
         "source": "untrained" if untrained else "checkpoint",
         "checkpoint": fingerprint(read_description(checkpoint).path),

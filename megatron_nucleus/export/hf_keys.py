@@ -222,9 +222,7 @@ def _build_shape(c: dict[str, Any], strategy: str, where: str) -> ModelShape:
         dense_moe_strategy=strategy,
         num_experts=int(c["num_experts"]),
         moe_intermediate_dim=int(c["moe_intermediate_dim"]),
-        capacity_factors=tuple(
-            float(f) for f in factors[:layers]
-        ),  # upstream ignores values past the last layer
+        capacity_factors=tuple(float(f) for f in factors[:layers]),  # upstream ignores what follows
         use_sigmoid=bool(c["use_sigmoid"]),
         route_scale=float(c["route_scale"]),
     )

@@ -30,7 +30,9 @@ from megatron_nucleus.utils.memory import peak_memory_bytes
 
 SCHEMES = ("inverse_sqrt", "uniform", "ema")
 DEFAULT_EMA_DECAY = 0.9
-_PIECE_BYTES = 8 << 20  # of one input; its fp64 copy and the accumulator are up to four times as large
+_PIECE_BYTES = (
+    2 << 20
+)  # of one input; its fp64 copy, the accumulator and temporaries take about ten times that
 
 
 def merge_weights(scheme: str, count: int, ema_decay: float = DEFAULT_EMA_DECAY) -> list[float]:
@@ -88,7 +90,7 @@ def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequenc
         if last > len(found):
             raise ConfigError(f"--last {last}: only {len(found)} checkpoints exist in {folder}")
         return found[-last:]
-    by_step = {int(p.name.removeprefix("step_")): p for p in found}
+    by_step = {native.step_number(p): p for p in found}
     for step in steps:
         if step not in by_step:
             raise ConfigError(f"--steps {step}: no such checkpoint; there are {', '.join(map(str, by_step))}")

@@ -32,12 +32,17 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_number(folder: Path) -> int:
+    """Inverse of `step_name` for a step folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_steps(folder: Path) -> list[Path]:
     """Step folders in a checkpoints folder, oldest first."""
     if not folder.is_dir():
         return []
     steps = [p for p in folder.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(steps, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(steps, key=step_number)
 
 
 def is_step_folder(path: Path) -> bool:
@@ -77,34 +82,34 @@ def resolve_checkpoint(path: str | Path) -> Path:
             f"checkpoint {path}: holds no checkpoint (expected checkpoints/latest, or model/ with state.json, "
             "or a diffusers config.json); name another folder or train first"
         )
-    return newest_checkpoint(folder)
+    try:
+        return newest_checkpoint(folder)
+    except DataError as error:
+        raise DataError(f"{error}; {advice(folder)}") from error
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The step folder that `latest` names; before the first `latest` was written, the newest step folder.
 
     Raises:
-        DataError: `latest` is damaged or names a missing folder; the message names an older complete one.
+        DataError: `latest` is damaged or names a missing folder.
     """
     pointer = folder / "latest"
     if not pointer.is_file():
         return list_steps(folder)[-1]
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     if not _STEP_NAME.fullmatch(name):
-        raise DataError(
-            f"{pointer}: should hold a name such as step_00001200, found {name[:40]!r}; {advice(folder)}"
-        )
-    step = folder / name
-    if not step.is_dir():
-        raise DataError(f"{step}: missing although {pointer} names it; {advice(step)}")
-    return step
+        raise DataError(f"{pointer}: should hold a name such as step_00001200, found {name[:40]!r}")
+    if not (folder / name).is_dir():
+        raise DataError(f"{folder / name}: missing although {pointer} names it")
+    return folder / name
 
 
 def find_complete(damaged: Path) -> Path | None:
     """The newest complete checkpoint beside ``damaged`` (a step folder or a checkpoints folder), older ones first."""
     named = _STEP_NAME.fullmatch(damaged.name) is not None
     others = [s for s in list_steps(damaged.parent if named else damaged) if s != damaged]
-    older = [s for s in others if not named or s.name < damaged.name]
+    older = [s for s in others if not named or step_number(s) < step_number(damaged)]
     for step in [*reversed(older), *(s for s in others if s not in older)]:
         try:
             verify(step)

@@ -66,6 +66,7 @@ def staged_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
         ConfigError: ``target`` exists and is not an empty folder, or cannot be written.
         DataError: the disk is full.
     """
+    target = target.absolute()
     check_free(target)
     staging = target.parent / f".{target.name}.tmp{os.getpid()}"
     try:

@@ -34,7 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-PIECE_BYTES = 32 << 20  # how much of a tensor is in memory at once when files are streamed
+PIECE_BYTES = 8 << 20  # how much of a tensor is in memory at once when files are streamed
 
 
 class TensorInfo(NamedTuple):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -73,13 +75,16 @@ def check_folder(folder: str | Path, overwrite: bool) -> list[Path]:
     """Files of an earlier job in the output folder, which a new one replaces; nothing is touched yet.
 
     Raises:
-        ConfigError: there are such files and ``overwrite`` is false, or the path is no folder.
+        ConfigError: there are such files and ``overwrite`` is false, or nothing can be written there.
     """
-    folder = Path(folder)
-    if not folder.exists():
+    folder = Path(folder).absolute()
+    nearest = next(p for p in (folder, *folder.parents) if p.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"--output {folder}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {folder}: {nearest} cannot be written; name another folder")
+    if nearest != folder:
         return []
-    if not folder.is_dir():
-        raise ConfigError(f"--output {folder}: is a file; name a folder")
     earlier = sorted(p for p in folder.iterdir() if _OURS.fullmatch(p.name))
     if earlier and not overwrite:
         raise ConfigError(
@@ -126,6 +131,8 @@ def write_samples(
         each, negative_prompts=negative_prompt, height=config.height, width=config.width, steps=config.steps,
         guidance=config.guidance, shift=config.shift, seeds=seeds, batch_size=batch_size, progress=progress,
     )  # fmt: skip
+    start = time.perf_counter()
+    first = next(pictures)  # a prompt that is too long shows here, while the earlier pictures still exist
     for path in check_folder(folder, overwrite):
         path.unlink()
     try:
@@ -135,9 +142,8 @@ def write_samples(
     settings = {"negative_prompt": negative_prompt, "height": config.height, "width": config.width,
                 "steps": config.steps, "guidance": config.guidance, "shift": config.shift}  # fmt: skip
     shown: list[Image.Image] = []
-    start = time.perf_counter()
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as listing:
-        for i, picture in enumerate(pictures):
+        for i, picture in enumerate(itertools.chain([first], pictures)):
             name = f"{i:05d}.png"
             write_atomic(folder / name, _png(picture, each[i], seeds[i]))
             row = {"file": name, "prompt": each[i], "seed": seeds[i], **settings}

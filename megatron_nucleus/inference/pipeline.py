@@ -159,16 +159,20 @@ class Pipeline:
     def _draw(
         self, jobs: list[Job], texts: TextMemory, at: int, config: SamplerConfig, bar
     ) -> list[Image.Image]:
-        shape, unit = self.model.shape, self.codec.stride_px
-        size = (shape.latent_channels, config.height // unit, config.width // unit)
-        noise_BCHW = torch.cat([rng.normal_batch(job.seed, [0], "sample-noise", size) for job in jobs])
-        noise_BSP, grid = pack(noise_BCHW.to(self._device()), shape.patch_size)
+        noise_BSP, grid = self.noise([job.seed for job in jobs], config.height, config.width)
         positive, negative = texts.batch(at, len(jobs))
         latents_BSP = sample_latents(
             self.model, noise_BSP, positive, negative, grid, config.steps, config.guidance, config.shift,
             on_step=lambda i, x: bar.update(),
         )  # fmt: skip
         return self.decode(latents_BSP, grid)
+
+    def noise(self, seeds: Sequence[int], height: int, width: int) -> tuple[Tensor, tuple[int, int]]:
+        """Packed starting noise [B, S, P] of each seed for a size in px, and its grid."""
+        stride = self.codec.stride_px
+        shape_CHW = (self.model.shape.latent_channels, height // stride, width // stride)
+        noise_BCHW = torch.cat([rng.normal_batch(seed, [0], "sample-noise", shape_CHW) for seed in seeds])
+        return pack(noise_BCHW.to(self._device()), self.model.shape.patch_size)
 
     @torch.no_grad()
     def decode(self, latents_BSP: Tensor, grid: tuple[int, int]) -> list[Image.Image]:

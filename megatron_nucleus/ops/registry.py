@@ -69,6 +69,25 @@ def why_unavailable(
     return probe(device_type) if probe is not None else None
 
 
+def choose(op: str, choice: str, *, device_type: str, dtype: torch.dtype | None = None) -> Row:
+    """The row that `resolve` loads; same arguments and errors."""
+    if choice != "auto":
+        reason = why_unavailable(op, choice, device_type=device_type, dtype=dtype)
+        if reason is not None:
+            usable = _usable(op, device_type, dtype)
+            raise ConfigError(
+                f"{op} backend '{choice}' {reason}. Usable here: {', '.join(usable) or 'none'}."
+            )
+        return _row(op, choice)
+    rows = {row.backend: row for row in backends(op)}
+    for backend in AUTO_ORDER.get(device_type, ("torch",)):
+        if backend in rows and why_unavailable(op, backend, device_type=device_type, dtype=dtype) is None:
+            return rows[backend]
+    raise ConfigError(
+        f"{op}: no backend of {', '.join(rows)} serves device '{device_type}' and dtype {dtype}"
+    )
+
+
 def resolve(op: str, choice: str = "auto", *, device_type: str, dtype: torch.dtype | None = None) -> Callable:
     """Return the implementation of ``op`` to keep and call.
 
@@ -81,22 +100,10 @@ def resolve(op: str, choice: str = "auto", *, device_type: str, dtype: torch.dty
         ConfigError: unknown operation or backend, or a named backend that cannot be honoured; the message
             gives the reason and the usable alternatives.
     """
-    if choice != "auto":
-        reason = why_unavailable(op, choice, device_type=device_type, dtype=dtype)
-        if reason is not None:
-            usable = _usable(op, device_type, dtype)
-            raise ConfigError(
-                f"{op} backend '{choice}' {reason}. Usable here: {', '.join(usable) or 'none'}."
-            )
-        return _load(_row(op, choice))
-    rows = {row.backend: row for row in backends(op)}
-    for backend in AUTO_ORDER.get(device_type, ("torch",)):
-        if backend in rows and why_unavailable(op, backend, device_type=device_type, dtype=dtype) is None:
-            _announce(f"{op} on {device_type}: {backend} ({rows[backend].note})")
-            return _load(rows[backend])
-    raise ConfigError(
-        f"{op}: no backend of {', '.join(rows)} serves device '{device_type}' and dtype {dtype}"
-    )
+    row = choose(op, choice, device_type=device_type, dtype=dtype)
+    if choice == "auto":
+        _announce(f"{op} on {device_type}: {row.backend} ({row.note})")
+    return _load(row)
 
 
 def _usable(op: str, device_type: str, dtype: torch.dtype | None) -> list[str]:
@@ -125,6 +132,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _missing(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
+        if error.name == "megatron_nucleus._C":
+            return "the C++ extension, not built (make build)"
         return f"{error.name}, not installed"
     return f"a library that fails to import ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 

@@ -26,49 +26,35 @@ class Row(NamedTuple):
     note: str
 
 
-_ANY_DEVICE = "cpu cuda meta"
-_ANY_DTYPE = "float64 float32 bfloat16 float16"
-_OPS = "megatron_nucleus.ops"
-_EXTENSION = "megatron_nucleus.backends.extension"
+_OPS = "megatron_nucleus.ops."
+_TRITON = "megatron_nucleus.backends.triton:"
+_CPP = "megatron_nucleus.backends.extension:"
+_ALL = "cpu cuda meta"
+_CPU = "cpu meta"
+_GPU = "cuda cpu"  # on a CPU only under triton's interpreter
+_FLOATS = "float64 float32 bfloat16 float16"
+_SHORT = "float32 bfloat16 float16"
 
+# fmt: off
 ROWS = (
-    Row("moe_gather", "torch", f"{_OPS}.moe_rows:gather_rows", _ANY_DEVICE, _ANY_DTYPE, "index_select"),
-    Row("moe_combine", "torch", f"{_OPS}.moe_rows:combine_rows", _ANY_DEVICE, _ANY_DTYPE, "index_add"),
-    Row(
-        "modulated_layer_norm",
-        "torch",
-        f"{_OPS}.norm:modulated_layer_norm",
-        _ANY_DEVICE,
-        _ANY_DTYPE,
-        "layer_norm",
-    ),
-    Row("rms_norm", "torch", f"{_OPS}.norm:rms_norm", _ANY_DEVICE, _ANY_DTYPE, "elementwise"),
-    Row("swiglu", "torch", f"{_OPS}.swiglu:swiglu", _ANY_DEVICE, _ANY_DTYPE, "elementwise"),
-    Row("attention", "torch", f"{_OPS}.attention:attention", _ANY_DEVICE, _ANY_DTYPE, "SDPA, grouped heads"),
-    Row(
-        "expert_choice", "torch", f"{_OPS}.expert_choice:select", _ANY_DEVICE, _ANY_DTYPE, "softmax and topk"
-    ),
-    Row("expert_ffn", "torch", f"{_OPS}.experts:expert_ffn", _ANY_DEVICE, _ANY_DTYPE, "batched matmul"),
-    Row("moe_combine", "extension", f"{_EXTENSION}:combine_rows", "cpu meta", _ANY_DTYPE, "C++, one pass"),
-    Row(
-        "modulated_layer_norm",
-        "extension",
-        f"{_EXTENSION}:modulated_layer_norm",
-        "cpu meta",
-        _ANY_DTYPE,
-        "C++, fused",
-    ),
-    Row("rms_norm", "extension", f"{_EXTENSION}:rms_norm", "cpu meta", _ANY_DTYPE, "C++, fused"),
-    Row("swiglu", "extension", f"{_EXTENSION}:swiglu", "cpu meta", _ANY_DTYPE, "C++, fused"),
-    Row(
-        "expert_ffn",
-        "extension",
-        f"{_EXTENSION}:expert_ffn",
-        "cpu meta",
-        _ANY_DTYPE,
-        "bmm with the C++ swiglu",
-    ),
+    Row("moe_gather",           "torch",     _OPS + "moe_rows:gather_rows",      _ALL, _FLOATS, "index_select"),
+    Row("moe_gather",           "triton",    _TRITON + "gather_rows",            _GPU, _SHORT,  "no atomics"),
+    Row("moe_combine",          "torch",     _OPS + "moe_rows:combine_rows",     _ALL, _FLOATS, "index_add"),
+    Row("moe_combine",          "triton",    _TRITON + "combine_rows",           _GPU, _SHORT,  "no atomics"),
+    Row("moe_combine",          "extension", _CPP + "combine_rows",              _CPU, _FLOATS, "C++, one pass"),
+    Row("modulated_layer_norm", "torch",     _OPS + "norm:modulated_layer_norm", _ALL, _FLOATS, "layer_norm"),
+    Row("modulated_layer_norm", "triton",    _TRITON + "modulated_layer_norm",   _GPU, _SHORT,  "one pass"),
+    Row("modulated_layer_norm", "extension", _CPP + "modulated_layer_norm",      _CPU, _FLOATS, "C++, one pass"),
+    Row("rms_norm",             "torch",     _OPS + "norm:rms_norm",             _ALL, _FLOATS, "elementwise"),
+    Row("rms_norm",             "extension", _CPP + "rms_norm",                  _CPU, _FLOATS, "C++, one pass"),
+    Row("swiglu",               "torch",     _OPS + "swiglu:swiglu",             _ALL, _FLOATS, "elementwise"),
+    Row("swiglu",               "extension", _CPP + "swiglu",                    _CPU, _FLOATS, "C++, one pass"),
+    Row("attention",            "torch",     _OPS + "attention:attention",       _ALL, _FLOATS, "SDPA, grouped heads"),
+    Row("expert_choice",        "torch",     _OPS + "expert_choice:select",      _ALL, _FLOATS, "softmax and topk"),
+    Row("expert_ffn",           "torch",     _OPS + "experts:expert_ffn",        _ALL, _FLOATS, "bmm"),
+    Row("expert_ffn",           "extension", _CPP + "expert_ffn",                _CPU, _FLOATS, "bmm, C++ swiglu"),
 )
+# fmt: on
 
 # What `auto` tries, first to last. A backend that is not listed for a device runs there only when named.
 AUTO_ORDER = {"cuda": ("triton", "torch"), "cpu": ("extension", "torch")}

@@ -261,13 +261,13 @@ def diffusers_parts(model: NucleusTransformer, work: Workload, forward_only: boo
     other.load_state_dict(state, assign=True)
     for p in other.parameters():
         p.requires_grad_(True)
+    experts = [module for module in other.modules() if "use_grouped_mm" in vars(module)]
     parts: dict[str, Callable] = {}
     for path in ("loop", "grouped_mm") if grouped_works else ("loop",):
 
         def call(path: str = path) -> Tensor:
-            for module in other.modules():
-                if hasattr(module, "use_grouped_mm"):
-                    module.use_grouped_mm = path == "grouped_mm"
+            for module in experts:
+                module.use_grouped_mm = path == "grouped_mm"
             return other(
                 work.latents_BSP, (1, *work.grid), work.text_BLU, timestep=work.sigma_B, return_dict=False
             )[0]

@@ -6,6 +6,7 @@ rename to ``step_x``, then replace ``latest``. A kill at any point leaves the pr
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -24,6 +25,8 @@ from megatron_nucleus.export.tensor_store import TensorInfo
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_json_atomic
+
+log = logging.getLogger(__name__)
 
 _FILE_BYTES = 2 << 30  # the writer builds each file in memory before it writes it
 _OWN_KEYS = ("format", "step", "samples_seen", "skipped", "optimizer")
@@ -92,7 +95,13 @@ class Checkpointer:
         """
         if native.checkpoints_folder(self.folder) != self.folder:
             return None
-        step = self._guarded(lambda: native.newest_checkpoint(self.folder), None)
+        step = self._guarded(lambda: native.newest_checkpoint(self.folder), self.folder)
+        if not (self.folder / "latest").is_file():  # killed between the first rename and the first `latest`
+            log.warning(
+                "%s is missing; resuming from %s, the newest complete checkpoint",
+                self.folder / "latest",
+                step,
+            )
         stored = self._guarded(lambda: self._read_verified(step), step)
         _check_architecture(stored, state.model, step)
         parts = {"model": state.model.state_dict(), "optimizer": state.optimizer.tensors()}
@@ -133,7 +142,9 @@ class Checkpointer:
         native.write_manifest(staging, native.describe_files(staging))
         for folder in (staging / "model", staging / "optimizer", staging):
             fsync_folder(folder)
-        if target.exists():  # saved before by a run that went back to an older checkpoint
+        if (
+            target.exists()
+        ):  # saved before by a run that went back to an older checkpoint: `latest` names another
             os.rename(target, self.folder / f".old_{target.name}")
         os.rename(staging, target)
         fsync_folder(self.folder)
@@ -162,14 +173,12 @@ class Checkpointer:
                 raise DataError(f"{step / 'state.json'}: has no '{key}', so training cannot resume from it")
         return stored
 
-    def _guarded(self, action: Callable, step: Path | None):
+    def _guarded(self, action: Callable, damaged: Path):
         """Run ``action``; add to a DataError which checkpoint to go back to, and how."""
         try:
             return action()
         except DataError as error:
-            if step is None:
-                raise
-            other = native.find_complete(step)
+            other = native.find_complete(damaged)
             if other is None:
                 raise DataError(
                     f"{error}; no other complete checkpoint is in {self.folder}: restore the file, or start again "

@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
     """Versions that a run's numbers depend on."""
     return {
         "megatron_nucleus": megatron_nucleus.__version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

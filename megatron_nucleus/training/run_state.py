@@ -8,6 +8,7 @@ import logging
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.data.encoders import LatentCodec, TextEncoder
+from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.training.checkpointing import Checkpointer
 from megatron_nucleus.training.initialize import git_commit, versions
@@ -17,21 +18,23 @@ from megatron_nucleus.utils.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
+def sampling_settings(run: RunConfig) -> SamplerConfig:
+    """How this run's pictures are drawn: where the configuration is silent, at the training resolution."""
+    side = run.data.resolution_px
+    height, width = run.sampling.height or side, run.sampling.width or side
+    return dataclasses.replace(run.sampling, height=height, width=width)
+
+
 def checkpoint_extra(
     run: RunConfig, shape: ModelShape, codec: LatentCodec, text_encoder: TextEncoder, corpus: Corpus
 ) -> dict:
     """The entries of ``state.json`` that do not change while the run goes on."""
-    sampling = dataclasses.asdict(run.sampling)
-    if sampling["height"] is None:
-        sampling["height"] = run.data.resolution_px
-    if sampling["width"] is None:
-        sampling["width"] = run.data.resolution_px
     return {
         "seed": run.training.seed,
         "model": dataclasses.asdict(shape),
         "codec": codec.spec(),
         "text_encoder": text_encoder.spec(),
-        "sampling": sampling,
+        "sampling": dataclasses.asdict(sampling_settings(run)),
         "data": {"manifest_hash": corpus.manifest_hash},
         "git_commit": git_commit(),
         "versions": versions(),

@@ -27,7 +27,7 @@ from megatron_nucleus.training.initialize import build_encoders, build_model, in
 from megatron_nucleus.training.losses import flow_loss, router_z_loss
 from megatron_nucleus.training.metrics import MetricsWriter
 from megatron_nucleus.training.previews import draw_previews
-from megatron_nucleus.training.run_state import checkpoint_extra, restore
+from megatron_nucleus.training.run_state import checkpoint_extra, restore, sampling_settings
 from megatron_nucleus.types import Batch, TrainState
 from megatron_nucleus.utils.errors import StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes
@@ -66,7 +66,7 @@ def train(run: RunConfig) -> TrainResult:
     saver = Checkpointer(run.training.run_dir / "checkpoints", keep_last=run.training.keep_last_checkpoints)
     restore(state, saver, run, corpus)
     extractor = FeatureExtractor(codec, text_encoder, model.shape.patch_size, device)
-    pipeline = Pipeline(model, codec, text_encoder, run.sampling)
+    pipeline = Pipeline(model, codec, text_encoder, sampling_settings(run))
     extra = checkpoint_extra(run, model.shape, codec, text_encoder, corpus)
     with MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard) as writer:
         loop = Loop(run, state, saver, extractor, pipeline, writer, extra, device)

@@ -25,11 +25,14 @@ def print_json(result: dict) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callable for (bytes done, bytes in all) that draws a bar on stderr; silent when that is no terminal."""
+def progress_bar(title: str, unit: str = "B") -> Iterator[Callable[[int, int], None]]:
+    """Yield a callable for (done, in all) that draws a bar on stderr; silent when that is no terminal.
+
+    unit: bytes (scaled to MB and GB) by default.
+    """
     from tqdm import tqdm
 
-    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(desc=title, unit=unit, unit_scale=unit == "B", disable=None, dynamic_ncols=True) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -127,5 +127,10 @@ def make():
     import types
 
     return types.SimpleNamespace(
-        shape=shape_of, model=random_model, diffusers=random_diffusers, run=save_run, flip=flip_byte, extra=EXTRA
+        shape=shape_of,
+        model=random_model,
+        diffusers=random_diffusers,
+        run=save_run,
+        flip=flip_byte,
+        extra=EXTRA,
     )

@@ -73,7 +73,9 @@ def test_exported_folder_opens_in_diffusers_and_halves_change_places(make, tmp_p
     gate, up = ours["blocks.0.feed_forward.gate_up.weight"].chunk(2)
     assert torch.equal(state["transformer_blocks.0.img_mlp.net.0.proj.weight"], torch.cat([up, gate]))
     gate, up = ours["blocks.2.moe.shared_expert.gate_up.weight"].chunk(2)
-    assert torch.equal(state["transformer_blocks.2.img_mlp.shared_expert.net.0.proj.weight"], torch.cat([up, gate]))
+    assert torch.equal(
+        state["transformer_blocks.2.img_mlp.shared_expert.net.0.proj.weight"], torch.cat([up, gate])
+    )
     experts = state["transformer_blocks.3.img_mlp.experts.gate_up_proj"]
     assert experts.shape == (4, 32, 32)  # 2F == D
     assert torch.equal(experts, ours["blocks.3.moe.experts.gate_up"])
@@ -207,7 +209,10 @@ def damaged_cases(folder):
     yield lambda: write({"lora.down": torch.ones(1)}), "unexpected tensor lora.down"
     yield lambda: write({q: torch.ones(32, 31)}), rf"tensor {q} has shape \[32, 31\].*\[32, 32\]"
     yield lambda: write({q: torch.ones(32, 32, dtype=torch.int64)}), rf"tensor {q} has dtype torch.int64"
-    yield lambda: file.write_bytes(file.read_bytes()[:-4]), r"diffusion_pytorch_model\.safetensors: .*announces"
+    yield (
+        lambda: file.write_bytes(file.read_bytes()[:-4]),
+        r"diffusion_pytorch_model\.safetensors: .*announces",
+    )
     yield file.unlink, r"diffusion_pytorch_model\.safetensors: missing"
     yield lambda: (folder / "diffusion_pytorch_model.bin").write_bytes(b""), "pickled weights are never read"
     yield lambda: (folder / "config.json").write_text("{"), r"config\.json: damaged"

@@ -16,7 +16,9 @@ from megatron_nucleus.utils.errors import DataError
 @pytest.mark.parametrize("strategy", DENSE_STRATEGIES)
 @pytest.mark.parametrize("layers", [1, 5])
 def test_table_names_exactly_the_parameters_of_both_models(make, strategy, layers):
-    shape = make.shape(num_layers=layers, dense_moe_strategy=strategy, num_attention_heads=4, latent_channels=3)
+    shape = make.shape(
+        num_layers=layers, dense_moe_strategy=strategy, num_attention_heads=4, latent_channels=3
+    )
     with torch.device("meta"):
         ours = {n: tuple(p.shape) for n, p in NucleusTransformer(shape).named_parameters()}
     theirs = {n: tuple(p.shape) for n, p in make.diffusers(shape, 0).state_dict().items()}
@@ -108,3 +110,15 @@ def test_grouped_mm_only_where_its_kernel_works(make):
     """Rows that are no multiple of 16 bytes make F.grouped_mm refuse."""
     assert hf_keys.to_diffusers_config(make.shape())["use_grouped_mm"] is True
     assert hf_keys.to_diffusers_config(make.shape(moe_intermediate_dim=12))["use_grouped_mm"] is False
+
+
+def test_state_dicts_in_memory_both_ways(make):
+    shape = make.shape()
+    theirs = make.diffusers(shape, 5).state_dict()
+    ours = hf_keys.to_native_state(theirs, shape)
+    up, gate = theirs["transformer_blocks.0.img_mlp.net.0.proj.weight"].chunk(2)
+    assert torch.equal(ours["blocks.0.feed_forward.gate_up.weight"], torch.cat([gate, up]))
+    assert ours["image_in.weight"] is theirs["img_in.weight"]
+    back = hf_keys.to_diffusers_state(ours, shape)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)

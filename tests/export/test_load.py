@@ -26,7 +26,14 @@ def test_every_kind_of_folder_gives_the_same_model(make, tmp_path):
     convert(step, tmp_path / "pipeline" / "transformer", "hf")
     convert(tmp_path / "hf", tmp_path / "native", "native")
     expected = velocity(model)
-    for path in (tmp_path / "run", step.parent, step, str(tmp_path / "hf"), tmp_path / "pipeline", tmp_path / "native"):
+    for path in (
+        tmp_path / "run",
+        step.parent,
+        step,
+        str(tmp_path / "hf"),
+        tmp_path / "pipeline",
+        tmp_path / "native",
+    ):
         loaded = mn.load_model(path)
         assert not loaded.training
         assert not any(m.training for m in loaded.modules())
@@ -57,7 +64,13 @@ def test_descriptions(make, tmp_path):
     assert description.provenance["samples_seen"] == 8 * 1200
     make.diffusers(make.shape(), 1).save_pretrained(tmp_path / "pipe" / "transformer")
     bare = read_description(tmp_path / "pipe")
-    assert (bare.kind, bare.codec, bare.text_encoder, bare.sampling, bare.step) == ("diffusers", None, None, {}, None)
+    assert (bare.kind, bare.codec, bare.text_encoder, bare.sampling, bare.step) == (
+        "diffusers",
+        None,
+        None,
+        {},
+        None,
+    )
     for part in ("vae", "text_encoder"):
         (tmp_path / "pipe" / part).mkdir()
         (tmp_path / "pipe" / part / "config.json").write_text("{}")
@@ -73,7 +86,9 @@ def test_damage_is_reported_before_a_model_exists(make, tmp_path):
         make.run(tmp_path / "run", make.model(make.shape(num_layers=2), step), step)
     newest = tmp_path / "run" / "checkpoints" / "step_00000002"
     make.flip(newest / "state.json")
-    with pytest.raises(DataError, match=r"step_00000002/state\.json: damaged .*use .*step_00000001, which is complete"):
+    with pytest.raises(
+        DataError, match=r"step_00000002/state\.json: damaged .*use .*step_00000001, which is complete"
+    ):
         load_model(tmp_path / "run")
     (newest / "state.json").unlink()
     with pytest.raises(DataError, match=r"state\.json: missing, .*step_00000001"):
@@ -91,7 +106,9 @@ def test_weights_of_another_architecture_name_the_tensor(make, tmp_path):
 
     model = make.model(make.shape(), 3)
     make.run(tmp_path / "a", model, 1, model=native.shape_to_dict(make.shape(text_dim=25)))
-    with pytest.raises(DataError, match=r"tensor text_norm\.weight has shape \[24\], the architecture needs \[25\]"):
+    with pytest.raises(
+        DataError, match=r"tensor text_norm\.weight has shape \[24\], the architecture needs \[25\]"
+    ):
         load_model(tmp_path / "a")
     make.run(tmp_path / "b", model, 1, model=native.shape_to_dict(make.shape(dense_moe_strategy="all_moe")))
     with pytest.raises(DataError, match=r"unexpected tensor blocks\.0\.feed_forward"):

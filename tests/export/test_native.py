@@ -109,7 +109,13 @@ def test_manifest_and_state_must_be_readable(run):
     step = run / "checkpoints" / "step_00001200"
     manifest, state = step / "manifest.json", step / "state.json"
     good = manifest.read_text()
-    for content in ("{", "[]", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"../a": {"bytes": 1, "sha256": ""}}}'):
+    for content in (
+        "{",
+        "[]",
+        '{"files": 3}',
+        '{"files": {"a": {}}}',
+        '{"files": {"../a": {"bytes": 1, "sha256": ""}}}',
+    ):
         manifest.write_text(content)
         with pytest.raises(DataError, match=r"manifest\.json: damaged"):
             native.verify(step)

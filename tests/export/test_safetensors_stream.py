@@ -99,7 +99,15 @@ def test_mistakes_leave_no_file_with_its_final_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2**31), ("1.5 KB", 1500), ("77", 77), (12, 12), ("3B", 3)],
+    [
+        ("5GB", 5 * 10**9),
+        ("500mb", 5 * 10**8),
+        ("2GiB", 2**31),
+        ("1.5 KB", 1500),
+        ("77", 77),
+        (12, 12),
+        ("3B", 3),
+    ],
 )
 def test_sizes(text, size):
     assert parse_size(text) == size

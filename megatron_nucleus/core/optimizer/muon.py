@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from megatron_nucleus.core.optimizer.param_groups import SPLITS
 
-# Quintic coefficients of Keller Jordan's Muon: steepest slope at zero with the fixed band around one.
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# One step maps every singular value s (the largest is at most 1) to a*s + b*s^3 + c*s^5.
+# Five or more steps: Keller Jordan's coefficients; values above 0.003 end in [0.68, 1.21].
+# Four and three steps: the minimax quintics of Polar Express (arXiv 2505.16932), computed for values in
+# [0.003, 1.02] and [0.01, 1.02] with 1 % between steps for rounding; they end in [0.78, 1.22] and [0.71, 1.29].
+JORDAN = (3.4445, -4.7750, 2.0315)
+MINIMAX = {
+    3: ((7.942388, -22.287293, 15.823857), (3.623094, -2.662054, 0.514067), (2.686905, -1.971038, 0.440643)),
+    4: (
+        (8.221763, -23.346858, 16.633755),
+        (4.012115, -2.930303, 0.543126),
+        (3.507991, -2.581028, 0.505327),
+        (2.529413, -1.844704, 0.427668),
+    ),
+}
 NORM_FLOOR = 1e-7  # a zero gradient must stay a zero update; the value of torch.optim.Muon
 
 # Values orthogonalised together. On a CPU a batch that stays in the cache beats one long batch. On a GPU the
@@ -52,22 +64,26 @@ class _Batch(NamedTuple):
     slots: tuple[_Slot, ...]
 
 
+def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
+    """Quintic coefficients (a, b, c) of each of ``steps`` Newton-Schulz steps."""
+    return MINIMAX.get(steps) or (JORDAN,) * steps
+
+
 def newton_schulz(stack_nrc: Tensor, steps: int) -> Tensor:
     """Orthogonalise every matrix of a stack.
 
     Args:
         stack_nrc: [n, r, c] with r <= c (the Gram matrix is r x r), fp32 or bf16; used as work space.
-        steps: quintic Newton-Schulz steps.
+        steps: Newton-Schulz steps, at least 3; see `coefficients`.
 
     Returns:
-        [n, r, c] of the same dtype, singular values in [0.68, 1.21]; may share memory with the input.
+        [n, r, c] of the same dtype, singular values about 1; may share memory with the input.
     """
-    a, b, c = COEFFICIENTS
     norm = torch.linalg.vector_norm(stack_nrc, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = stack_nrc.mul_(norm.clamp_(min=NORM_FLOOR).reciprocal_())
     n, r, _ = x.shape
     gram, poly, other = x.new_empty(n, r, r), x.new_empty(n, r, r), torch.empty_like(x)
-    for _ in range(steps):
+    for a, b, c in coefficients(steps):
         torch.bmm(x, x.mT, out=gram)
         torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
         torch.baddbmm(x, poly, x, beta=a, out=other)

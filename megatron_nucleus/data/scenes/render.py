@@ -69,7 +69,7 @@ def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, half: np.ndarray) -> np
     """Share of each pixel that the shape covers, from pixel centres relative to the shape's centre, in px.
 
     dx, dy and half broadcast against one another. A straight edge's coverage is 0.5 - signed distance, cut
-    to [0, 1]; corners and curves are exact to a few hundredths at 4 px and more.
+    to [0, 1]. Against brute force at 32 px: 0.15 grey levels off on average, at most 53 in the pixel of a tip.
     """
     if shape == "circle":
         return np.clip(half + 0.5 - np.sqrt(dx * dx + dy * dy), 0, 1)

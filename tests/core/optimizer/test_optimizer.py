@@ -161,7 +161,7 @@ def test_low_precision_parameters_are_refused():
         ("lr", float("nan")),
         ("muon_momentum", 1.0),
         ("adam_beta2", -0.1),
-        ("muon_num_ns_steps", 0),
+        ("muon_num_ns_steps", 2),
         ("weight_decay", float("inf")),
         ("clip_grad", -1.0),
         ("optimizer", "sgd"),

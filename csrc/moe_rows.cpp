@@ -7,6 +7,8 @@
 namespace mn {
 namespace {
 
+// out[t] = base[t] + sum of weight[n] * rows[n] over index[n] == t, for tokens begin <= t < end.
+// sums holds those tokens' wide sums; where T is wide already it is the output itself.
 template <typename T>
 MN_INLINE void add_rows(const T* __restrict base, const T* __restrict rows, const T* __restrict weight,
                         const int64_t* __restrict index, T* __restrict out, Wide<T>* __restrict sums, int64_t N,
@@ -45,36 +47,39 @@ MN_INLINE void row_gradients(const T* __restrict grad, const T* __restrict rows,
   }
 }
 
-#define MN_COMBINE(T)                                                                                              \
-  MN_VECTORISED void add_rows_of(const T* base, const T* rows, const T* weight, const int64_t* index, T* out,      \
-                                 Wide<T>* sums, int64_t N, int64_t D, int64_t begin, int64_t end) {                \
-    add_rows<T>(base, rows, weight, index, out, sums, N, D, begin, end);                                           \
-  }                                                                                                                \
-  MN_VECTORISED void row_gradients_of(const T* grad, const T* rows, const T* weight, const int64_t* index,         \
-                                      T* grad_rows, T* grad_weight, int64_t D, int64_t begin, int64_t end) {       \
-    row_gradients<T>(grad, rows, weight, index, grad_rows, grad_weight, D, begin, end);                            \
+#define MN_ROWS(T)                                                                                                    \
+  MN_VECTORISED void add_rows_of(const T* base, const T* rows, const T* weight, const int64_t* index, T* out,         \
+                                 Wide<T>* sums, int64_t N, int64_t D, int64_t begin, int64_t end) {                   \
+    add_rows<T>(base, rows, weight, index, out, sums, N, D, begin, end);                                              \
+  }                                                                                                                   \
+  MN_VECTORISED void row_gradients_of(const T* grad, const T* rows, const T* weight, const int64_t* index,            \
+                                      T* grad_rows, T* grad_weight, int64_t D, int64_t begin, int64_t end) {          \
+    row_gradients<T>(grad, rows, weight, index, grad_rows, grad_weight, D, begin, end);                               \
   }
-MN_COMBINE(float)
-MN_COMBINE(double)
-MN_COMBINE(torch::headeronly::BFloat16)
-MN_COMBINE(torch::headeronly::Half)
+MN_ROWS(float)
+MN_ROWS(double)
+MN_ROWS(torch::headeronly::BFloat16)
+MN_ROWS(torch::headeronly::Half)
+
+void check_index(const Tensor& index, int64_t tokens) {
+  check(index, "index", 1);
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index must be int64");
+  const int64_t* position = index.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < index.size(0); ++n) {
+    STD_TORCH_CHECK(position[n] >= 0 && position[n] < tokens, "index ", position[n], " is outside [0, ", tokens, ")");
+  }
+}
 
 void check_rows(const Tensor& tokens, const Tensor& rows, const Tensor& weight, const Tensor& index) {
   check(tokens, "tokens", 2);
   check(rows, "rows", 2);
   check(weight, "weight", 1);
-  check(index, "index", 1);
-  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "index must be int64");
+  check_index(index, tokens.size(0));
   STD_TORCH_CHECK(rows.scalar_type() == tokens.scalar_type() && weight.scalar_type() == tokens.scalar_type(),
                   "tokens, rows and weight must have one dtype");
   STD_TORCH_CHECK(rows.size(1) == tokens.size(1), "rows and tokens differ in width");
   STD_TORCH_CHECK(rows.size(0) == index.size(0) && weight.size(0) == index.size(0),
                   "rows, weight and index differ in length");
-  const int64_t* position = index.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < index.size(0); ++n) {
-    STD_TORCH_CHECK(position[n] >= 0 && position[n] < tokens.size(0), "index ", position[n], " is outside [0, ",
-                    tokens.size(0), ")");
-  }
 }
 
 }  // namespace
@@ -83,7 +88,7 @@ Tensor combine_rows(Tensor base, Tensor rows, Tensor weight, Tensor index) {
   check_rows(base, rows, weight, index);
   Tensor out = empty_like(base);
   const int64_t T = base.size(0), D = base.size(1), N = rows.size(0);
-  const int64_t work = D + (T > 0 ? N * D / T : 0);
+  const int64_t work_per_token = D + (T > 0 ? N * D / T : 0);
   dispatch(base.scalar_type(), "combine_rows", [&](auto zero) {
     using Scalar = decltype(zero);
     const auto* base_p = static_cast<const Scalar*>(base.const_data_ptr());
@@ -91,7 +96,7 @@ Tensor combine_rows(Tensor base, Tensor rows, Tensor weight, Tensor index) {
     const auto* weight_p = static_cast<const Scalar*>(weight.const_data_ptr());
     const auto* index_p = index.const_data_ptr<int64_t>();
     auto* out_p = static_cast<Scalar*>(out.mutable_data_ptr());
-    parallel_for(0, T, grain(work), [&](int64_t begin, int64_t end) {
+    parallel_for(0, T, grain(work_per_token), [&](int64_t begin, int64_t end) {
       if constexpr (std::is_same_v<Scalar, Wide<Scalar>>) {
         add_rows_of(base_p, rows_p, weight_p, index_p, out_p, out_p + begin * D, N, D, begin, end);
       } else {

@@ -1,0 +1,208 @@
+"""Weighted averages of checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_nucleus.export import merge as merge_module
+from megatron_nucleus.export import native
+from megatron_nucleus.export.load import load_model
+from megatron_nucleus.export.merge import merge, merge_weights, select_checkpoints
+from megatron_nucleus.utils.errors import ConfigError, DataError
+
+STEPS = (100, 200, 300, 1000)
+
+
+@pytest.fixture
+def run(make, tmp_path):
+    for step in STEPS:
+        make.run(tmp_path / "run", make.model(make.shape(num_layers=2), step), step)
+    return tmp_path / "run"
+
+
+def merged_tensors(folder):
+    (file,) = (folder / "model").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_formulas_by_hand():
+    root2, root3 = 1 / math.sqrt(2), 1 / math.sqrt(3)
+    total = 1 + root2 + root3
+    assert merge_weights("inverse_sqrt", 3) == pytest.approx(
+        [root3 / total, root2 / total, 1 / total], rel=1e-15
+    )
+    assert merge_weights("uniform", 4) == [0.25] * 4
+    assert merge_weights("ema", 3, 0.5) == pytest.approx([1 / 7, 2 / 7, 4 / 7], rel=1e-15)
+    for scheme in merge_module.SCHEMES:
+        for count in (1, 2, 16, 100):
+            weights = merge_weights(scheme, count, 0.7)
+            assert math.fsum(weights) == pytest.approx(1.0, abs=1e-14)
+            assert weights == sorted(weights)
+        assert merge_weights(scheme, 1) == [1.0]
+
+
+def test_ema_weights_equal_a_bias_corrected_moving_average():
+    rng, decay = np.random.default_rng(0), 0.83
+    thetas = rng.normal(size=(7, 50))
+    average = np.zeros(50)
+    for theta in thetas:
+        average = decay * average + (1 - decay) * theta
+    average /= 1 - decay ** len(thetas)
+    combined = np.array(merge_weights("ema", len(thetas), decay)) @ thetas
+    np.testing.assert_allclose(combined, average, rtol=1e-13)
+
+
+@pytest.mark.parametrize("scheme", ["inverse_sqrt", "uniform", "ema"])
+def test_average_equals_numpy_exactly(make, run, tmp_path, scheme):
+    report = merge(run, tmp_path / "merged", scheme, last=3, ema_decay=0.6)
+    models = [make.model(make.shape(num_layers=2), step).state_dict() for step in STEPS[1:]]
+    age = np.array([3.0, 2.0, 1.0])
+    raw = {"inverse_sqrt": age**-0.5, "uniform": age**0.0, "ema": 0.6 ** (age - 1)}[scheme]
+    np.testing.assert_allclose(report["weights"], raw / raw.sum(), rtol=1e-14)
+    out = merged_tensors(tmp_path / "merged")
+    assert out.keys() == models[0].keys()
+    for name, tensor in out.items():
+        expected = sum(
+            w * m[name].numpy().astype(np.float64) for w, m in zip(report["weights"], models, strict=True)
+        )
+        np.testing.assert_array_equal(tensor.numpy(), expected.astype(np.float32))
+    assert report["inputs"] == [str(run / "checkpoints" / native.step_name(s)) for s in STEPS[1:]]
+    assert report["bytes"] == sum(t.numel() * 4 for t in out.values())
+
+
+def test_slices_do_not_change_the_result(run, tmp_path, monkeypatch):
+    merge(run, tmp_path / "a", last=4)
+    monkeypatch.setattr(merge_module, "_PIECE_BYTES", 100)
+    merge(run, tmp_path / "b", last=4)
+    a, b = merged_tensors(tmp_path / "a"), merged_tensors(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_checkpoint_gives_its_own_bits(make, tmp_path, dtype):
+    model = make.model(make.shape(num_layers=2), 1, dtype)
+    model.image_in.bias.data[0] = -0.0
+    make.run(tmp_path / "run", model, 7)
+    for scheme in merge_module.SCHEMES:
+        merge(tmp_path / "run" / "checkpoints", tmp_path / scheme, scheme, last=1)
+        for name, tensor in merged_tensors(tmp_path / scheme).items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor.view(torch.uint8), model.state_dict()[name].view(torch.uint8))
+
+
+def test_equal_checkpoints_average_to_themselves(make, tmp_path):
+    model = make.model(make.shape(num_layers=2), 1)
+    for step in range(1, 7):
+        make.run(tmp_path / "run", model, step)
+    merge(tmp_path / "run", tmp_path / "merged", last=6)
+    merged = load_model(tmp_path / "merged")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(merged.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+
+
+def test_bf16_average_is_the_rounded_exact_one(make, tmp_path):
+    models = [make.model(make.shape(num_layers=1), s, torch.bfloat16) for s in (1, 2)]
+    for step, model in enumerate(models, start=1):
+        make.run(tmp_path / "run", model, step)
+    merge(tmp_path / "run", tmp_path / "merged", "uniform", last=2)
+    for name, tensor in merged_tensors(tmp_path / "merged").items():
+        exact = (models[0].state_dict()[name].double() + models[1].state_dict()[name].double()) / 2
+        assert torch.equal(tensor, exact.float().bfloat16())
+
+
+def test_merged_folder_is_a_checkpoint_that_says_what_it_is(make, run, tmp_path):
+    merge(run, tmp_path / "merged", "ema", steps=[1000, 100], ema_decay=0.25, max_shard_bytes=50_000)
+    native.verify(tmp_path / "merged")
+    state = json.loads((tmp_path / "merged" / "state.json").read_text())
+    inputs = [str(run / "checkpoints" / native.step_name(s)) for s in (100, 1000)]
+    assert state["merged"] == {"scheme": "ema", "inputs": inputs, "weights": [0.2, 0.8], "ema_decay": 0.25}
+    assert (state["step"], state["samples_seen"]) == (1000, 8000)
+    for key in ("codec", "text_encoder", "sampling", "seed", "versions"):
+        assert state[key] == make.extra[key]
+    assert "optimizer" not in state
+    assert len(list((tmp_path / "merged" / "model").glob("*"))) > 1
+    first, last = (make.model(make.shape(num_layers=2), s).image_in.weight.double() for s in (100, 1000))
+    merged = load_model(tmp_path / "merged")
+    assert torch.equal(merged.image_in.weight, (first * 0.2 + last * 0.8).float())
+
+
+def test_selection(run):
+    def names(**how):
+        return [int(p.name.removeprefix("step_")) for p in select_checkpoints(run, **how)]
+
+    assert names(last=2, steps=None) == [300, 1000]
+    assert names(last=4, steps=None) == list(STEPS)
+    assert names(last=None, steps=[300, 100]) == [100, 300]
+    cases = [
+        ({"last": 5, "steps": None}, "--last 5: only 4 checkpoints exist"),
+        ({"last": 0, "steps": None}, "--last 0: must be at least 1"),
+        ({"last": None, "steps": [150]}, "--steps 150: no such checkpoint; there are 100, 200, 300, 1000"),
+        ({"last": None, "steps": [100, 100]}, "each once"),
+        ({"last": None, "steps": []}, "at least one"),
+        ({"last": None, "steps": None}, "exactly one"),
+        ({"last": 1, "steps": [100]}, "exactly one"),
+    ]
+    for how, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            select_checkpoints(run, **how)
+    with pytest.raises(ConfigError, match="holds no step_"):
+        select_checkpoints(run / "nowhere", 1, None)
+
+
+def test_bad_schemes():
+    with pytest.raises(ConfigError, match=r"--weights inverse_sqr: unknown \(did you mean inverse_sqrt"):
+        merge_weights("inverse_sqr", 2)
+    for decay in (0.0, 1.0, 1.5, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="--ema-decay"):
+            merge_weights("ema", 2, decay)
+
+
+def test_different_models_are_refused(make, run, tmp_path):
+    make.run(run, make.model(make.shape(num_layers=2, text_dim=26), 1), 1100)
+    with pytest.raises(DataError, match="another architecture"):
+        merge(run, tmp_path / "m", last=2)
+    make.run(run, make.model(make.shape(num_layers=2), 1), 1200)
+    make.run(
+        run,
+        make.model(make.shape(num_layers=2), 1),
+        1300,
+        codec={"name": "dct", "coefficients": [16, 16, 16]},
+    )
+    with pytest.raises(DataError, match=r"step_00001200.*another latent codec"):
+        merge(run, tmp_path / "m", last=2)
+    make.run(run, make.model(make.shape(num_layers=2), 1, torch.bfloat16), 1400)
+    with pytest.raises(DataError, match=r"step_00001200.*float32.*bfloat16"):
+        merge(run, tmp_path / "m", steps=[1200, 1400])
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_name_tensor_and_checkpoint(make, run, tmp_path, value):
+    model = make.model(make.shape(num_layers=2), 1)
+    model.blocks[1].moe.experts.down.data[2, 3, 4] = value
+    make.run(run, model, 400)
+    with pytest.raises(
+        DataError, match=r"step_00000400.*blocks\.1\.moe\.experts\.down holds values.*not finite"
+    ):
+        merge(run, tmp_path / "merged", last=3)
+    assert not (tmp_path / "merged").exists()
+    merge(run, tmp_path / "merged", steps=[300, 1000])
+
+
+def test_damaged_input_is_named(make, run, tmp_path):
+    file = next((run / "checkpoints" / "step_00000300" / "model").glob("*"))
+    make.flip(file)
+    with pytest.raises(DataError, match=r"step_00000300.*altered"):
+        merge(run, tmp_path / "merged", last=2)
+    file.unlink()
+    with pytest.raises(DataError, match=r"step_00000300.*missing"):
+        merge(run, tmp_path / "merged", last=2)
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,117 @@
+"""Inputs of every operation: ordinary, odd, smallest, empty and non-contiguous ones, in any dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Inputs:
+    """Random tensors of one dtype and device; those made by `__call__` want gradients."""
+
+    def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return values.to(self.device, self.dtype).requires_grad_()
+
+    def spread(self, *shape: int) -> Tensor:
+        """The same, as a view with a gap between neighbours of every dimension."""
+        wide = self(*(2 * n for n in shape)).detach()
+        return wide[tuple(slice(None, None, 2) for _ in shape)].requires_grad_()
+
+    def index(self, high: int, count: int) -> Tensor:
+        return torch.randint(0, high, (count,), generator=self.generator).to(self.device)
+
+    def mask(self, *shape: int) -> Tensor:
+        """True where a key counts; the first key always does."""
+        mask = torch.rand(*shape, generator=self.generator) < 0.6
+        mask[..., 0] = True
+        return mask.to(self.device)
+
+
+CASES = {
+    "moe_gather": {
+        "repeats": lambda x: (x(10, 16), x.index(10, 33)),
+        "odd": lambda x: (x(7, 13), x.index(7, 5)),
+        "wide": lambda x: (x(5, 300), x.index(5, 9)),
+        "one": lambda x: (x(1, 1), x.index(1, 1)),
+        "no rows": lambda x: (x(3, 4), x.index(1, 0)),
+        "spread": lambda x: (x.spread(6, 5), x.index(6, 8)),
+    },
+    "moe_combine": {
+        "repeats": lambda x: (x(10, 16), x(33, 16), x(33), x.index(10, 33)),
+        "odd": lambda x: (x(7, 13), x(5, 13), x(5), x.index(7, 5)),
+        "wide": lambda x: (x(5, 300), x(9, 300), x(9), x.index(5, 9)),
+        "one": lambda x: (x(1, 1), x(1, 1), x(1), x.index(1, 1)),
+        "no rows": lambda x: (x(3, 4), x(0, 4), x(0), x.index(1, 0)),
+        "no tokens": lambda x: (x(0, 4), x(0, 4), x(0), x.index(1, 0)),
+        "all on one token": lambda x: (x(4, 8), x(20, 8), x(20), 2 + 0 * x.index(4, 20)),
+        "spread": lambda x: (x.spread(6, 5), x.spread(8, 5), x.spread(8), x.index(6, 8)),
+    },
+    "modulated_layer_norm": {
+        "plain": lambda x: (x(2, 5, 16), x(2, 16), 1e-6, True),
+        "modulated only": lambda x: (x(2, 5, 16), x(2, 16), 1e-6, False),
+        "odd": lambda x: (x(3, 67, 33), x(3, 33), 1e-6, True),
+        "wide": lambda x: (x(1, 3, 700), x(1, 700), 1e-5, True),
+        "no images": lambda x: (x(0, 5, 16), x(0, 16), 1e-6, True),
+        "no tokens": lambda x: (x(2, 0, 16), x(2, 16), 1e-6, True),
+        "spread": lambda x: (x.spread(2, 3, 8), x.spread(2, 8), 1e-6, True),
+    },
+    "rms_norm": {
+        "heads": lambda x: (x(2, 5, 4, 32), x(32), 1e-6),
+        "odd": lambda x: (x(3, 7, 13), x(13), 1e-6),
+        "many rows": lambda x: (x(1100, 8), x(8), 1e-6),
+        "wide": lambda x: (x(2, 700), x(700), 1e-5),
+        "empty": lambda x: (x(0, 4, 8), x(8), 1e-6),
+        "spread": lambda x: (x.spread(3, 4, 8), x.spread(8), 1e-6),
+    },
+    "swiglu": {
+        "even": lambda x: (x(4, 6, 32),),
+        "odd": lambda x: (x(5, 34),),
+        "one": lambda x: (x(1, 2),),
+        "empty": lambda x: (x(0, 3, 8),),
+        "spread": lambda x: (x.spread(3, 4, 6),),
+    },
+    "attention": {
+        "grouped": lambda x: (x(2, 9, 4, 8), x(2, 14, 2, 8), x(2, 14, 2, 8), x.mask(2, 14)),
+        "no mask": lambda x: (x(2, 9, 4, 8), x(2, 14, 2, 8), x(2, 14, 2, 8), None),
+        "not grouped": lambda x: (x(2, 3, 3, 5), x(2, 7, 3, 5), x(2, 7, 3, 5), x.mask(2, 7)),
+        "one kv head": lambda x: (x(1, 5, 4, 8), x(1, 6, 1, 8), x(1, 6, 1, 8), x.mask(1, 6)),
+        "spread": lambda x: (x.spread(2, 3, 4, 8), x.spread(2, 5, 2, 8), x.spread(2, 5, 2, 8), x.mask(2, 5)),
+    },
+    "expert_choice": {
+        "softmax": lambda x: (x(3, 16, 4), 8, False, 2.5),
+        "sigmoid": lambda x: (x(3, 16, 4), 8, True, 1.0),
+        "one token each": lambda x: (x(2, 5, 8), 1, False, 2.5),
+        "all tokens": lambda x: (x(2, 5, 3), 5, False, 2.5),
+        "one expert": lambda x: (x(2, 5, 1), 3, True, 2.5),
+        "no images": lambda x: (x(0, 5, 3), 2, False, 2.5),
+        "spread": lambda x: (x.spread(2, 6, 4), 3, False, 2.5),
+    },
+    "expert_ffn": {
+        "even": lambda x: (x(3, 8, 16), x(3, 16, 24), x(3, 12, 16)),
+        "odd": lambda x: (x(2, 5, 7), x(2, 7, 6), x(2, 3, 7)),
+        "no rows": lambda x: (x(2, 0, 8), x(2, 8, 8), x(2, 4, 8)),
+        "spread": lambda x: (x.spread(2, 3, 8), x.spread(2, 8, 8), x.spread(2, 4, 8)),
+    },
+}
+
+
+def outputs_and_gradients(function, args: tuple, grads: list[Tensor] | None = None) -> tuple[list, list]:
+    """Differentiable outputs, and the gradients of all inputs that want them.
+
+    grads: gradients of the outputs; None = random ones from a fixed seed.
+    """
+    result = function(*args)
+    outputs = [t for t in (result if isinstance(result, tuple) else (result,)) if t is not None]
+    smooth = [t for t in outputs if t.is_floating_point()]
+    generator = torch.Generator().manual_seed(1)
+    if grads is None:
+        grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in smooth]
+    wanted = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    return outputs, list(
+        torch.autograd.grad(smooth, wanted, [g.to(t) for g, t in zip(grads, smooth, strict=True)])
+    )

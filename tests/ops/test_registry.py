@@ -1,0 +1,116 @@
+"""A backend is taken by name or by the written order, never silently; the reason for a refusal is the message."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+import torch
+
+from megatron_nucleus.ops import moe_rows, registry
+from megatron_nucleus.ops.table import AUTO_ORDER, ROWS, Row
+from megatron_nucleus.utils.errors import ConfigError
+
+TORCH = "megatron_nucleus.ops.moe_rows:combine_rows"
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The registry with one operation of its own, restored afterwards."""
+    monkeypatch.setattr(registry, "_rows", {})
+    registry.register(Row("combine", "torch", TORCH, "cpu cuda", "float32 bfloat16", "reference"))
+    return registry
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write an importable module and give its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, text: str) -> str:
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+        return name
+
+    return write
+
+
+def test_the_reference_resolves_to_the_function_itself():
+    assert registry.resolve("moe_combine", "torch", device_type="cpu") is moe_rows.combine_rows
+
+
+def test_every_row_names_known_devices_and_dtypes_and_every_operation_has_a_reference():
+    for row in ROWS:
+        assert set(row.devices.split()) <= {"cpu", "cuda", "meta"}
+        assert all(isinstance(getattr(torch, d), torch.dtype) for d in row.dtypes.split())
+    for op in registry.operations():
+        assert registry.backends(op)[0].backend == "torch"
+        assert set(registry.backends(op)[0].devices.split()) == {"cpu", "cuda", "meta"}
+    assert all(order[-1] == "torch" for order in AUTO_ORDER.values())
+
+
+def test_unknown_names_point_to_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown operation 'moe_combin' \(did you mean moe_combine\?\)"):
+        registry.resolve("moe_combin", device_type="cpu")
+    with pytest.raises(
+        ConfigError, match=r"no backend 'trition' \(did you mean triton\?\); one of: auto, torch"
+    ):
+        registry.resolve("moe_combine", "trition", device_type="cpu")
+
+
+def test_a_named_backend_without_its_library_is_refused_with_reason_and_alternatives(rows, module):
+    name = module("needs_absent", "import an_absent_library\n")
+    rows.register(Row("combine", "fast", f"{name}:f", "cpu", "float32", ""))
+    with pytest.raises(ConfigError) as error:
+        rows.resolve("combine", "fast", device_type="cpu")
+    expected = "combine backend 'fast' needs an_absent_library, not installed. Usable here: torch."
+    assert str(error.value) == expected
+
+
+def test_a_library_that_breaks_at_import_is_unavailable_not_fatal(rows, module):
+    name = module("breaks", "raise RuntimeError('no cuDNN')\n")
+    rows.register(Row("combine", "extension", f"{name}:f", "cpu", "float32", ""))
+    reason = rows.why_unavailable("combine", "extension", device_type="cpu")
+    assert reason == "needs a library that fails to import (RuntimeError: no cuDNN)"
+    assert rows.resolve("combine", "auto", device_type="cpu") is moe_rows.combine_rows
+
+
+def test_device_and_dtype_are_part_of_the_answer(rows, module):
+    name = module("gpu_only", "def f(): return 'fast'\n")
+    rows.register(Row("combine", "triton", f"{name}:f", "cuda", "bfloat16", ""))
+    with pytest.raises(ConfigError, match=r"runs on cuda, not on cpu. Usable here: torch\."):
+        rows.resolve("combine", "triton", device_type="cpu")
+    with pytest.raises(ConfigError, match="takes bfloat16, not float32"):
+        rows.resolve("combine", "triton", device_type="cuda", dtype=torch.float32)
+    assert rows.resolve("combine", "triton", device_type="cuda", dtype=torch.bfloat16)() == "fast"
+    with pytest.raises(
+        ConfigError, match=r"no backend of torch, triton serves device 'cpu' and dtype torch.float64"
+    ):
+        rows.resolve("combine", "auto", device_type="cpu", dtype=torch.float64)
+
+
+def test_a_probe_of_the_backend_has_the_last_word(rows, module):
+    name = module("probed", "def why_unavailable(device): return f'dislikes {device}'\ndef f(): pass\n")
+    rows.register(Row("combine", "picky", f"{name}:f", "cpu", "float32", ""))
+    with pytest.raises(ConfigError, match="combine backend 'picky' dislikes cpu"):
+        rows.resolve("combine", "picky", device_type="cpu")
+
+
+def test_auto_walks_the_written_order_and_logs_one_line(rows, module, caplog):
+    name = module("fast_cpu", "def f(): return 'fast'\n")
+    rows.register(Row("combine", "extension", f"{name}:f", "cpu", "float32", "C++ for a test"))
+    registry._announce.cache_clear()
+    with caplog.at_level(logging.INFO, "megatron_nucleus"):
+        for _ in range(2):
+            assert rows.resolve("combine", "auto", device_type="cpu")() == "fast"
+    assert [r.getMessage() for r in caplog.records] == ["combine on cpu: extension (C++ for a test)"]
+
+
+def test_a_device_without_an_order_gets_the_reference():
+    assert registry.resolve("moe_combine", "auto", device_type="meta") is moe_rows.combine_rows
+
+
+def test_registering_a_pair_twice_is_refused(rows):
+    with pytest.raises(ValueError, match="already has a backend 'torch'"):
+        rows.register(Row("combine", "torch", TORCH, "cpu", "float32", ""))

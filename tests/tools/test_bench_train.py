@@ -1,0 +1,175 @@
+"""tools/bench_train.py: the keys, the arithmetic between them, the comparison, and bad arguments."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_nucleus.core.models.nucleus import NucleusTransformer
+from megatron_nucleus.core.models.presets import ModelConfig, resolve_shape
+from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
+from megatron_nucleus.training import benchmark, flops
+from megatron_nucleus.training.benchmark import BenchConfig, interleave, make_workload, run_benchmark, spread
+from megatron_nucleus.utils.errors import ConfigError
+
+PROGRAM = Path(__file__).parents[2] / "tools" / "bench_train.py"
+SMALL = ["--num-layers", "2", "--num-experts", "4", "--capacity-factors", "2", "--global-batch-size", "4"]
+FAST = [*SMALL, "--grid", "2", "3", "--text-tokens", "5", "--steps", "2", "--warmup", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("bench_train", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_train"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(tool, capsys, *arguments: str) -> dict:
+    tool.main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def small_shape():
+    return resolve_shape(ModelConfig(num_layers=2, num_experts=4, capacity_factors=(2.0,)))
+
+
+def test_step_has_all_parts_and_consistent_figures(tool, capsys):
+    result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--peak-tflops", "0.5")
+    parts = 2 * result["forward_backward"]["median_s"] + result["optimizer"]["median_s"]
+    assert result["step_s"] == pytest.approx(parts)
+    assert result["samples_per_step"] == 4
+    assert result["samples_per_s"] == pytest.approx(4 / result["step_s"])
+    expected = 4 * flops.training_flops_per_image(small_shape(), tokens=6, text_tokens=5)
+    assert result["model_flops_per_step"] == expected
+    assert result["mfu"] == pytest.approx(expected / result["step_s"] / 0.5e12)
+    assert result["step"] == "forward_backward+optimizer"
+    assert result["forward"]["repeats"] == 2
+    assert 50e6 < result["peak_memory_bytes"] < 64e9
+    assert "compare" not in result
+
+
+def test_unknown_peak_means_no_mfu(tool, capsys):
+    result = run(tool, capsys, *FAST, "--forward-only")
+    assert result["mfu"] is None
+    assert result["step"] == "forward"
+    assert result["model_flops_per_step"] * 3 == 4 * flops.training_flops_per_image(small_shape(), 6, 5)
+    assert "forward_backward" not in result
+    assert "optimizer" not in result
+
+
+def test_comparison_is_with_the_faster_of_their_paths(tool, capsys):
+    pytest.importorskip("diffusers")
+    result = run(tool, capsys, *FAST, "--compare", "diffusers")
+    compare = result["compare"]
+    assert compare["name"] == "diffusers"
+    assert result["step"] == "forward_backward", "their module has no optimizer, so neither step has one"
+    assert compare["ratio"] == pytest.approx(compare["step_s"] / result["step_s"])
+    for part in ("forward", "forward_backward"):
+        assert set(compare[part]["all_paths_s"]) == {"loop", "grouped_mm"}
+        assert compare[part]["median_s"] == min(compare[part]["all_paths_s"].values())
+        assert compare[part]["ratio"] == pytest.approx(compare[part]["median_s"] / result[part]["median_s"])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_comparison_refuses_another_function(bf16, monkeypatch):
+    """The two modules share one set of weights; a mapping that swaps two of them must not go unnoticed."""
+    pytest.importorskip("diffusers")
+    bench = BenchConfig(steps=1, warmup=0, compare="diffusers", text_tokens=4)
+    shape = small_shape()
+    work = make_workload(
+        shape, bench, (2, 3), micro_batch_size=2, accumulation=1, bf16=bf16, device=torch.device("cpu")
+    )
+    result = run_benchmark(NucleusTransformer(shape), bench, OptimizerConfig(), work, None)
+    assert result["compare"]["step_s"] > 0
+    right = benchmark.to_diffusers_state
+
+    def wrong(state, shape):
+        out = right(state, shape)
+        a, b = (f"transformer_blocks.1.attn.to_{x}.weight" for x in "kv")
+        return out | {a: out[b], b: out[a]}
+
+    monkeypatch.setattr(benchmark, "to_diffusers_state", wrong)
+    with pytest.raises(RuntimeError, match="computes something else"):
+        run_benchmark(NucleusTransformer(shape), bench, OptimizerConfig(), work, None)
+
+
+def test_configuration_file_of_a_training_run(tool, capsys, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {preset: demo, num_layers: 2, num_experts: 4, capacity_factors: [2]}\n"
+        "training: {global_batch_size: 6, micro_batch_size: 3, train_steps: 9}\n"
+        "data: {resolution_px: 16}\n"
+        "flow: {sigma_std: 1.5}\n"
+        "optimizer: {optimizer: adamw}\n"
+    )
+    result = run(tool, capsys, "--config", str(path), "--steps", "1", "--warmup", "0")
+    assert result["samples_per_step"] == 6
+    assert result["tokens"] == 4  # 16 px, stride 4, patch 2
+    path.write_text("model: {preset: demo, num_layer: 2}\n")
+    with pytest.raises(ConfigError, match=r"model\.num_layer.*num_layers"):
+        tool.main(["--config", str(path)])
+    path.write_text("modle: {}\n")
+    with pytest.raises(ConfigError, match="modle.*did you mean model"):
+        tool.main(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--grid", "4"], "--grid 4"),
+        (["--grid", "0", "4"], "--grid 0 4"),
+        (["--steps", "0"], "--steps 0"),
+        (["--text-tokens", "0"], "--text-tokens 0"),
+        (["--compare", "megatron"], "diffusers"),
+        (["--compare", "diffusers", "--time-optimizer"], "--time-optimizer"),
+        (["--resolution-px", "60"], "multiple of 8"),
+        (["--preset", "dmeo"], "did you mean demo"),
+        (["--micro-batch-size", "3", "--global-batch-size", "4"], "does not divide"),
+        (["--capacity-factors", "9"], "capacity_factors"),
+        (["--stepz", "3"], "did you mean --steps"),
+    ],
+)
+def test_bad_arguments_are_named(tool, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        tool.main(arguments)
+
+
+def test_program_prints_one_line_and_exits_with_2():
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--preset", "dmeo"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "demo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_parts_take_turns_and_warm_up_is_not_timed():
+    calls = []
+    parts = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    times = interleave(parts, repeats=3, warmup=1, device=torch.device("cpu"))
+    assert "".join(calls) == "abbaabba"
+    assert times["a"].repeats == times["b"].repeats == 3
+
+
+def test_spread():
+    result = spread([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (result.median_s, result.p25_s, result.p75_s, result.min_s) == (3.0, 2.0, 4.0, 1.0)
+    assert spread([2.0]).p75_s == 2.0
+
+
+def test_bf16_training_keeps_fp32_weights():
+    shape = small_shape()
+    bench = BenchConfig(steps=3, warmup=0, text_tokens=4)
+    work = make_workload(
+        shape, bench, (2, 2), micro_batch_size=2, accumulation=1, bf16=True, device=torch.device("cpu")
+    )
+    model = NucleusTransformer(shape)
+    run_benchmark(model, bench, OptimizerConfig(), work, None)
+    assert all(bool(p.isfinite().all()) and p.dtype == torch.float32 for p in model.parameters())

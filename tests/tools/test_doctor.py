@@ -1,0 +1,51 @@
+"""tools/doctor.py: what it reports is what the registry does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_nucleus.ops import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def doctor(*args: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tools" / "doctor.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def test_report_lists_every_backend_with_its_state():
+    done = doctor("--json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    *text, last = done.stdout.strip().splitlines()
+    report = json.loads(last)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["python"] == sys.version.split()[0]
+    assert report["device"] == "cpu"
+    rows = {(r["op"], r["backend"]): r for r in report["backends"]}
+    assert set(rows) == {(r.op, r.backend) for op in registry.operations() for r in registry.backends(op)}
+    for (op, backend), row in rows.items():
+        assert row["usable"] == (row["reason"] is None)
+        if backend == "torch":
+            assert row["usable"]
+        if backend == "triton":
+            assert not row["usable"]
+            assert "needs" in row["reason"]
+        if row["chosen"]:
+            assert row["usable"]
+            assert registry.choose(op, "auto", device_type="cpu").backend == backend
+    assert sum(r["chosen"] for r in report["backends"]) == len(registry.operations())
+    assert any("backends on cpu" in line for line in text)
+
+
+def test_unknown_device_is_one_line_and_exit_code_2():
+    done = doctor("--device", "tpu")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --device: 'tpu' is not allowed; one of: cpu, cuda"

@@ -1,0 +1,48 @@
+"""Every kernel compiles to Hopper machine code, fits its registers and shared memory, and is launched sensibly."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+REPORT = Path(__file__).with_name("compile_report.py")
+# An H100/H200 multiprocessor: 65,536 registers, 227 KiB of shared memory per block.
+REGISTERS, SHARED_BYTES = 65_536, 227 * 1024
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, str(REPORT)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_kernel_spills_and_its_blocks_fit_a_multiprocessor(report):
+    for name, used in report.items():
+        blocks = 1 if "widest" in name else 2  # a second block hides the first one's memory waits
+        assert used["spilled_bytes"] == 0, (name, used)
+        assert blocks * used["registers"] * 32 * used["warps"] <= REGISTERS, (name, used)
+        assert blocks * used["shared_bytes"] <= SHARED_BYTES, (name, used)
+
+
+def test_every_kernel_is_in_the_report(report):
+    jitted = {
+        f"{path.stem}.{node.name}"
+        for path in (REPORT.parents[2] / "triton_ops").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+    source = REPORT.read_text()
+    assert jitted
+    assert all(kernel in source for kernel in jitted)
+    assert len(report) >= len(jitted)

@@ -1,0 +1,175 @@
+"""The whole system on this machine: corpus -> curate -> shards -> train -> merge -> convert -> sample -> score.
+
+Every stage is one of the programs in tools/, run with the command that is printed before it. Finished stages are
+remembered, so the same command again continues where it was stopped. With --data the corpus is your own folder of
+captioned images instead of the embedded scenes; such pictures have no programmatic score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_nucleus.utils import cli
+from megatron_nucleus.utils.config import Parser
+from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError, UserError
+from megatron_nucleus.utils.files import write_json_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+SCENES_CONFIG = ROOT / "examples" / "demo_cpu.yaml"
+PHOTOS_CONFIG = ROOT / "examples" / "demo_photos_cpu.yaml"
+ERRORS = {error.exit_code: error for error in (ConfigError, DataError, StoppedError)}
+PICTURES_PER_SKILL = 4  # of the six skills, in the picture grid
+PICTURES_OF_PHOTOS = 12
+PREVIEWS = 6  # prompts drawn while training
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One program call. name: key in steps.json and in the time table. argv: tools/<program> and its flags."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+class Runner:
+    """Runs stages in order and remembers the finished ones in ``OUTPUT/steps.json``."""
+
+    def __init__(self, output: Path, total: int):
+        self.path, self.total, self.count = output / "steps.json", total, 0
+        self.done: dict = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def run(self, stage: Stage) -> dict:
+        """The stage's ``--json`` object; a stage that finished with the same command is not run again.
+
+        Raises:
+            UserError: the stage ended with an error (its own message is above); same exit code as the stage.
+        """
+        self.count += 1
+        command = [*stage.argv, "--json"]
+        print(f"\n[{self.count}/{self.total}] {stage.name}\n  $ python {shlex.join(command)}", flush=True)
+        before = self.done.get(stage.name)
+        if before and before["command"] == command:
+            print(f"  finished before in {before['seconds']:.0f} s")
+            return before["result"]
+        start = time.monotonic()
+        process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        lines = process.stdout.strip().splitlines()
+        if process.returncode:
+            print("\n".join(lines))
+            kind = ERRORS.get(process.returncode, UserError)
+            raise kind(f"stage '{stage.name}' ended with exit code {process.returncode}; the same command continues there")
+        seconds = time.monotonic() - start
+        result = json.loads(lines[-1])
+        print("\n".join(f"  {line}" for line in lines[:-1]))
+        self.done[stage.name] = {"command": command, "seconds": seconds, "result": result}
+        write_json_atomic(self.path, self.done)
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every finished stage."""
+        return {name: entry["seconds"] for name, entry in self.done.items()}
+
+
+def prepare_stages(out: Path, data: str | None, count: int) -> list[Stage]:
+    """From pictures to a data set folder: the embedded scenes, or the user's own folder."""
+    if data is None:
+        draw = Stage("draw the corpus", ("tools/make_scenes.py", "--output", f"{out}/corpus", "--count", str(count)))
+        return [draw, curate_stage(out, f"{out}/corpus", min_side_px=32)]
+    return [curate_stage(out, str(Path(data).resolve()), min_side_px=64)]
+
+
+def curate_stage(out: Path, source: str, min_side_px: int) -> Stage:
+    """Full decode, size limits, duplicates, aspect buckets -> shards and index."""
+    flags = ("--input", source, "--output", f"{out}/data", "--min-side-px", str(min_side_px))
+    return Stage("curate", ("tools/curate.py", *flags))
+
+
+def model_stages(out: Path, config: Path, prompts: Path, merge_last: int) -> list[Stage]:
+    """Train, merge the last checkpoints, export to diffusers, draw pictures with the exported model."""
+    lines = prompts.read_text(encoding="utf-8").splitlines()
+    preview = lines[:: max(1, len(lines) // PREVIEWS)][:PREVIEWS]
+    return [
+        Stage("train", ("tools/train.py", "--config", str(config), "--data-path", f"{out}/data",
+                        "--run-dir", f"{out}/train", "--sample-prompts", *preview)),
+        Stage("merge", ("tools/merge_checkpoints.py", "--checkpoints", f"{out}/train/checkpoints",
+                        "--last", str(merge_last), "--weights", "inverse_sqrt", "--output", f"{out}/merged")),
+        Stage("convert", ("tools/convert_checkpoint.py", "--input", f"{out}/merged", "--output", f"{out}/hf",
+                          "--to", "hf")),
+        Stage("sample", ("tools/sample.py", "--checkpoint", f"{out}/hf", "--prompts", str(prompts),
+                         "--output", f"{out}/pictures", "--overwrite")),
+    ]  # fmt: skip
+
+
+def score_stages(out: Path, prompts_per_skill: int) -> dict[str, Stage]:
+    """The embedded benchmark on the merged model, the last checkpoint, an untrained model and true renderings."""
+    sources = {
+        "merged": ("--checkpoint", f"{out}/hf"),
+        "last": ("--checkpoint", f"{out}/train"),
+        "untrained": ("--checkpoint", f"{out}/hf", "--untrained"),
+        "truth": ("--truth",),
+    }
+    return {
+        name: Stage(
+            f"score: {name}",
+            ("tools/evaluate.py", "scenes", *source, "--prompts-per-skill", str(prompts_per_skill),
+             "--output", f"{out}/scores/{name}"),
+        )
+        for name, source in sources.items()
+    }  # fmt: skip
+
+
+def write_prompts(out: Path, data: str | None) -> Path:
+    """One prompt per line: benchmark prompts that hold what training never showed together, or the user's captions."""
+    if data is None:
+        from megatron_nucleus.data.scenes.benchmark import benchmark_prompts
+
+        records = benchmark_prompts(PICTURES_PER_SKILL)
+        prompts = [r["prompt"] for r in records if not r.get("split")]
+    else:
+        from megatron_nucleus.data.dataset import open_corpus
+
+        corpus = open_corpus(out / "data")
+        rows = range(0, len(corpus), max(1, len(corpus) // PICTURES_OF_PHOTOS))
+        prompts = [" ".join(corpus.read(row).captions[0].text.split()) for row in rows][:PICTURES_OF_PHOTOS]
+    path = out / "prompts.txt"
+    path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run every stage, then write the report and print where things are."""
+    parser = Parser(prog="tools/demo.py", description=__doc__)
+    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="folder of the demo [default runs/demo]")
+    parser.add_argument("--data", metavar="DIR", help="your captioned images or WebDataset tars instead of the scenes")
+    parser.add_argument("--config", metavar="FILE", help="training configuration [default examples/demo_cpu.yaml]")
+    parser.add_argument("--scenes", type=int, default=40000, metavar="N", help="size of the embedded corpus [40000]")
+    parser.add_argument("--merge-last", type=int, default=8, metavar="N", help="checkpoints to average [8]")
+    parser.add_argument("--prompts-per-skill", type=int, default=100, metavar="N", help="prompts of each skill [100]")
+    parser.add_argument("--install-seconds", type=float, metavar="S", help="shown in the time table")
+    cli.add_json_flag(parser)
+    args = parser.parse_args(argv)
+    if args.data is not None and not Path(args.data).is_dir():
+        raise ConfigError(f"--data {args.data}: no such folder; give a folder of images with captions, or of tars")
+    out = Path(args.output).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    config = Path(args.config).resolve() if args.config else (PHOTOS_CONFIG if args.data else SCENES_CONFIG)
+
+    prepare = prepare_stages(out, args.data, args.scenes)
+    scores = {} if args.data else score_stages(out, args.prompts_per_skill)
+    runner = Runner(out, total=len(prepare) + 4 + len(scores))
+    for stage in prepare:
+        runner.run(stage)
+    for stage in model_stages(out, config, write_prompts(out, args.data), args.merge_last):
+        runner.run(stage)
+    results = {name: runner.run(stage) for name, stage in scores.items()}
+    report = write_report(out, args, runner, results)
+    print_summary(out, runner, results, report, args.install_seconds)
+    if args.json:
+        cli.print_json({"output": str(out), "report": str(report), "scores": results, "seconds": runner.seconds()})
