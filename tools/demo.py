@@ -7,6 +7,7 @@ captioned images instead of the embedded scenes; such pictures have no programma
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shlex
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENES_CONFIG = ROOT / "examples" / "demo_cpu.yaml"
 PHOTOS_CONFIG = ROOT / "examples" / "demo_photos_cpu.yaml"
 ERRORS = {error.exit_code: error for error in (ConfigError, DataError, StoppedError)}
+SKILLS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 PICTURES_PER_SKILL = 4  # of the six skills, in the picture grid
 PICTURES_OF_PHOTOS = 12
 PREVIEWS = 6  # prompts drawn while training
@@ -64,7 +66,9 @@ class Runner:
         if process.returncode:
             print("\n".join(lines))
             kind = ERRORS.get(process.returncode, UserError)
-            raise kind(f"stage '{stage.name}' ended with exit code {process.returncode}; the same command continues there")
+            raise kind(
+                f"stage '{stage.name}' ended with code {process.returncode}; the same command continues there"
+            )
         seconds = time.monotonic() - start
         result = json.loads(lines[-1])
         print("\n".join(f"  {line}" for line in lines[:-1]))
@@ -80,7 +84,9 @@ class Runner:
 def prepare_stages(out: Path, data: str | None, count: int) -> list[Stage]:
     """From pictures to a data set folder: the embedded scenes, or the user's own folder."""
     if data is None:
-        draw = Stage("draw the corpus", ("tools/make_scenes.py", "--output", f"{out}/corpus", "--count", str(count)))
+        draw = Stage(
+            "draw the corpus", ("tools/make_scenes.py", "--output", f"{out}/corpus", "--count", str(count))
+        )
         return [draw, curate_stage(out, f"{out}/corpus", min_side_px=32)]
     return [curate_stage(out, str(Path(data).resolve()), min_side_px=64)]
 
@@ -143,20 +149,73 @@ def write_prompts(out: Path, data: str | None) -> Path:
     return path
 
 
+def write_report(out: Path, args: argparse.Namespace, runner: Runner, scores: dict[str, dict]) -> Path:
+    """``OUTPUT/report.html`` from what the stages left behind."""
+    from megatron_nucleus.evaluation.report import build_report
+
+    timings = runner.seconds()
+    if args.install_seconds is not None:
+        timings = {"install (before the demo)": args.install_seconds, **timings}
+    names = {"merged": "merged model", "last": "last checkpoint", "untrained": "untrained model",
+             "truth": "true renderings"}  # fmt: skip
+    return build_report(
+        out / "report.html",
+        title="Megatron-Nucleus demo",
+        summary="A sparse mixture-of-experts diffusion transformer, trained, merged, exported and sampled here.",
+        run_dir=out / "train",
+        samples_dir=out / "pictures",
+        checkpoint=out / "hf",
+        scores={names[k]: v for k, v in scores.items()} or None,
+        scores_note="Two-object, position and attribution prompts name pairs that training never showed together.",
+        timings=timings,
+        commands=[f"python {shlex.join(entry['command'])}" for entry in runner.done.values()],
+    )
+
+
+def print_summary(
+    out: Path, runner: Runner, scores: dict[str, dict], report: Path, install_s: float | None
+) -> None:
+    """The time table, the score table and where things are."""
+    print("\nwall time")
+    if install_s is not None:
+        print(f"  {'install (not in the total)':<28}{install_s:>8.0f} s")
+    for name, seconds in runner.seconds().items():
+        print(f"  {name:<28}{seconds:>8.0f} s")
+    print(f"  {'total':<28}{sum(runner.seconds().values()):>8.0f} s")
+    if scores:
+        print("\nscore" + " " * 18 + "".join(f"{name:>12}" for name in scores))
+        for key in ("mean", *SKILLS):
+            print(f"  {key:<21}" + "".join(f"{value[key]:>12.3f}" for value in scores.values()))
+    places = {"pictures": out / "pictures" / "grid.png", "diffusers folder": out / "hf", "report": report}
+    print("\n" + "\n".join(f"{what:<20}{place}" for what, place in places.items()))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every stage, then write the report and print where things are."""
     parser = Parser(prog="tools/demo.py", description=__doc__)
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="folder of the demo [default runs/demo]")
-    parser.add_argument("--data", metavar="DIR", help="your captioned images or WebDataset tars instead of the scenes")
-    parser.add_argument("--config", metavar="FILE", help="training configuration [default examples/demo_cpu.yaml]")
-    parser.add_argument("--scenes", type=int, default=40000, metavar="N", help="size of the embedded corpus [40000]")
+    parser.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="folder of the demo [default runs/demo]"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="your captioned images or WebDataset tars instead of the scenes"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="training configuration [default examples/demo_cpu.yaml]"
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=40000, metavar="N", help="size of the embedded corpus [40000]"
+    )
     parser.add_argument("--merge-last", type=int, default=8, metavar="N", help="checkpoints to average [8]")
-    parser.add_argument("--prompts-per-skill", type=int, default=100, metavar="N", help="prompts of each skill [100]")
+    parser.add_argument(
+        "--prompts-per-skill", type=int, default=100, metavar="N", help="prompts of each skill [100]"
+    )
     parser.add_argument("--install-seconds", type=float, metavar="S", help="shown in the time table")
     cli.add_json_flag(parser)
     args = parser.parse_args(argv)
     if args.data is not None and not Path(args.data).is_dir():
-        raise ConfigError(f"--data {args.data}: no such folder; give a folder of images with captions, or of tars")
+        raise ConfigError(
+            f"--data {args.data}: no such folder; give a folder of images with captions, or of tars"
+        )
     out = Path(args.output).resolve()
     out.mkdir(parents=True, exist_ok=True)
     config = Path(args.config).resolve() if args.config else (PHOTOS_CONFIG if args.data else SCENES_CONFIG)
@@ -172,4 +231,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = write_report(out, args, runner, results)
     print_summary(out, runner, results, report, args.install_seconds)
     if args.json:
-        cli.print_json({"output": str(out), "report": str(report), "scores": results, "seconds": runner.seconds()})
+        cli.print_json(
+            {"output": str(out), "report": str(report), "scores": results, "seconds": runner.seconds()}
+        )

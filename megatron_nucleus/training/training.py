@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import NamedTuple
 
@@ -82,13 +83,17 @@ class Loop:
         t = run.training
         self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
         self.skips = SkipCounter(t.max_skipped_in_a_row)
-        self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else flops.device_peak_flops(device, torch.bfloat16 if t.bf16 else torch.float32)
+        table_peak = flops.device_peak_flops(device, torch.bfloat16 if t.bf16 else torch.float32)
+        self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else table_peak
 
     def run_to_end(self, corpus: Corpus) -> float | None:
         """All remaining steps; returns the last loss."""
-        run, state, t = self.run, self.state, self.run.training
+        state, t = self.state, self.run.training
         losses, saved_step = None, state.step
-        bar = tqdm(total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True)
+        bar = tqdm(
+            total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
+        )  # fmt: skip
         with StopRequest(t.exit_duration_in_mins) as stop, bar, self.open_loader(corpus) as loader:
             timer = StepTimer()
             while state.step < t.train_steps:
@@ -179,7 +184,7 @@ class Loop:
             "substituted": loader.substituted,
         }
         self.writer.write(row)
-        bar.set_postfix_str(f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")
+        bar.set_postfix_str(refresh=False, s=f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")
 
     def preview(self) -> None:
         """Draw the preview prompts with the weights as they are."""

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool(name: str, *args: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """Run a program of tools/ as a user would."""
-    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    if check and done.returncode:
-        raise AssertionError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return done
+from tests.support import tool
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +15,9 @@ def corpus(tmp_path_factory) -> Path:
     """128 scenes, curated."""
     folder = tmp_path_factory.mktemp("corpus")
     tool("make_scenes", "--output", folder / "raw", "--count", 128)
-    tool("curate", "--input", folder / "raw", "--output", folder / "data", "--min-side-px", 32, "--workers", 1)
+    tool(
+        "curate", "--input", folder / "raw", "--output", folder / "data", "--min-side-px", 32, "--workers", 1
+    )
     return folder / "data"
 
 

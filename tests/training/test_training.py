@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.training.conftest import ROOT, tool
 
 from megatron_nucleus.training.arguments import parse_run
 from megatron_nucleus.training.metrics import KEYS
 from megatron_nucleus.training.training import train
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError
+from tests.support import ROOT, tool
 
 
 def run_here(config_file: Path, run_dir: Path, *flags: object):
@@ -73,7 +73,10 @@ def test_every_parameter_moves_and_metrics_are_complete(config_file, tmp_path):
     assert [row["samples_seen"] for row in curve] == [8, 16, 24, 32]
     assert curve[0]["lr"] == pytest.approx(1e-3)
     assert curve[1]["lr"] == curve[3]["lr"] == 2e-3
-    assert all(row["loss"] == pytest.approx(row["flow_loss"] + 5e-7 * row["router_z_loss"], rel=1e-6) for row in curve)
+    assert all(
+        row["loss"] == pytest.approx(row["flow_loss"] + 5e-7 * row["router_z_loss"], rel=1e-6)
+        for row in curve
+    )
 
 
 def test_accumulation_equals_one_large_batch(config_file, tmp_path):
@@ -88,8 +91,7 @@ def test_accumulation_equals_one_large_batch(config_file, tmp_path):
 def test_loss_falls_on_a_small_set(config_file, tmp_path):
     run_here(config_file, tmp_path / "run", "--train-steps", 60, "--global-batch-size", 16, "--lr", 4e-3)
     losses = [row["loss"] for row in rows(tmp_path / "run")]
-    assert sum(losses[:5]) / 5 > 1.5
-    assert sum(losses[-10:]) / 10 < 1.35
+    assert sum(losses[-20:]) / 20 < 0.88 * sum(losses[:10]) / 10
 
 
 def test_adamw_runs_and_differs_from_muon(config_file, tmp_path):
@@ -104,7 +106,9 @@ def test_bf16_follows_fp32(config_file, tmp_path):
     run_here(config_file, tmp_path / "bf16", "--train-steps", 4, "--bf16")
     for a, b in zip(rows(tmp_path / "fp32"), rows(tmp_path / "bf16"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
-    assert all(t.dtype == torch.float32 for t in tensors(tmp_path / "bf16", 4).values() if t.is_floating_point())
+    assert all(
+        t.dtype == torch.float32 for t in tensors(tmp_path / "bf16", 4).values() if t.is_floating_point()
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -139,7 +143,9 @@ def test_time_limit_stops_with_a_checkpoint(config_file, tmp_path):
     assert run_here(config_file, tmp_path / "run").state.step == 6
 
 
-def test_steps_without_a_finite_gradient_are_skipped_counted_and_finally_stop_the_run(config_file, tmp_path, monkeypatch):
+def test_steps_without_a_finite_gradient_are_skipped_and_finally_stop_the_run(
+    config_file, tmp_path, monkeypatch
+):
     from megatron_nucleus.training import training
 
     good = training.flow_loss
@@ -184,7 +190,17 @@ def test_changed_run_is_refused(config_file, tmp_path, corpus):
     with pytest.raises(ConfigError, match=r"model.num_experts = 4, now it is 2"):
         run_here(config_file, tmp_path / "run", "--num-experts", 2)
     tool("make_scenes", "--output", tmp_path / "raw", "--count", 16, "--seed", 9)
-    tool("curate", "--input", tmp_path / "raw", "--output", tmp_path / "other", "--min-side-px", 32, "--workers", 1)
+    tool(
+        "curate",
+        "--input",
+        tmp_path / "raw",
+        "--output",
+        tmp_path / "other",
+        "--min-side-px",
+        32,
+        "--workers",
+        1,
+    )
     with pytest.raises(ConfigError, match="sample order would change"):
         run_here(config_file, tmp_path / "run", "--data-path", tmp_path / "other")
     assert run_here(config_file, tmp_path / "run", "--train-steps", 2).state.step == 2
@@ -220,6 +236,6 @@ def test_exit_codes_and_one_line_errors(config_file, tmp_path):
     damaged = tool("train", "--config", config_file, "--run-dir", tmp_path / "run", check=False)
     assert damaged.returncode == 3
     assert victim.name in damaged.stderr.strip().splitlines()[-1]
+    (tmp_path / "run" / "config.yaml").write_text("config: [")
     with pytest.raises(DataError, match="damaged"):
-        (tmp_path / "run" / "config.yaml").write_text("config: [")
         run_here(config_file, tmp_path / "run")
