@@ -1,10 +1,13 @@
 # make demo   the whole system end to end on this machine (make demo DATA=folder: on your own captioned images)
+#             make demo GPU=1: the same recipe at the size of one GPU
 # make test   every test that needs no GPU
 PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
-OUTPUT  ?= runs/demo
+DATA    ?=
+OUTPUT  ?= $(if $(DATA),runs/demo_data,runs/demo)
 CONFIG  ?=
+GPU     ?=
 # Extra pip arguments for torch, such as --index-url with an index of CPU wheels.
 TORCH_PIP_ARGS ?=
 # One thread per test process; idle OpenMP threads must sleep instead of spinning on a shared core.
@@ -32,6 +35,7 @@ $(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
 
 demo: install
 	OMP_WAIT_POLICY=PASSIVE $(PY) tools/demo.py --output $(OUTPUT) $(if $(DATA),--data $(DATA)) \
+	  $(if $(GPU),--config examples/demo_gpu.yaml --scenes 400000) \
 	  $(if $(CONFIG),--config $(CONFIG)) --install-seconds $$(cat $(VENV)/.install_seconds)
 
 test: install

@@ -64,8 +64,9 @@ class BuildExtension(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:  # setuptools raises a different type for every compiler
-            # A library of an older build would hide that this one failed.
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            if self.inplace or self.editable_mode:
+                # A library of an older build would hide that this one failed.
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             skipped(f"the C++ compiler failed ({' '.join(str(error).split())[:300]})")
 
 
@@ -115,6 +116,8 @@ setup(
     description="Train Nucleus-Image, a sparse mixture-of-experts diffusion transformer, end to end",
     license="Apache-2.0",
     python_requires=">=3.11",
+    # Named so that an editable install is a plain entry of sys.path, which tests/triton_ops cannot shadow.
+    package_dir={"": "."},
     packages=find_packages(include=["megatron_nucleus", "megatron_nucleus.*", "triton_ops", "triton_ops.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,

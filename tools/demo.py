@@ -8,15 +8,20 @@ captioned images instead of the embedded scenes; such pictures have no programma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_nucleus.data.dataset import Corpus, open_corpus
+from megatron_nucleus.data.scenes import benchmark_prompts
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError, UserError
@@ -29,15 +34,20 @@ ERRORS = {error.exit_code: error for error in (ConfigError, DataError, StoppedEr
 SKILLS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 PICTURES_PER_SKILL = 4  # of the six skills, in the picture grid
 PICTURES_OF_PHOTOS = 12
+PROMPT_WORDS = 60  # captions longer than this are not used as prompts (the text encoder takes 128 tokens)
 PREVIEWS = 6  # prompts drawn while training
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One program call. name: key in steps.json and in the time table. argv: tools/<program> and its flags."""
+    """One program call. name: key in steps.json and in the time table. argv: tools/<program> and its flags.
+
+    fresh: folder that an unfinished call may have left, and that the program would refuse to write into again.
+    """
 
     name: str
     argv: tuple[str, ...]
+    fresh: Path | None = None
 
 
 class Runner:
@@ -60,8 +70,11 @@ class Runner:
         if before and before["command"] == command:
             print(f"  finished before in {before['seconds']:.0f} s")
             return before["result"]
+        if stage.fresh is not None and stage.fresh.exists():
+            shutil.rmtree(stage.fresh)
         start = time.monotonic()
-        process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        with ctrl_c_left_to_the_stage():
+            process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         lines = process.stdout.strip().splitlines()
         if process.returncode:
             print("\n".join(lines))
@@ -81,12 +94,21 @@ class Runner:
         return {name: entry["seconds"] for name, entry in self.done.items()}
 
 
+@contextlib.contextmanager
+def ctrl_c_left_to_the_stage() -> Iterator[None]:
+    """Ctrl-C reaches the running stage, which saves and ends; without this the demo would kill it while it saves."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def prepare_stages(out: Path, data: str | None, count: int) -> list[Stage]:
     """From pictures to a data set folder: the embedded scenes, or the user's own folder."""
     if data is None:
-        draw = Stage(
-            "draw the corpus", ("tools/make_scenes.py", "--output", f"{out}/corpus", "--count", str(count))
-        )
+        flags = ("--output", f"{out}/corpus", "--count", str(count))
+        draw = Stage("draw the corpus", ("tools/make_scenes.py", *flags), fresh=out / "corpus")
         return [draw, curate_stage(out, f"{out}/corpus", min_side_px=32)]
     return [curate_stage(out, str(Path(data).resolve()), min_side_px=64)]
 
@@ -105,9 +127,9 @@ def model_stages(out: Path, config: Path, prompts: Path, merge_last: int) -> lis
         Stage("train", ("tools/train.py", "--config", str(config), "--data-path", f"{out}/data",
                         "--run-dir", f"{out}/train", "--sample-prompts", *preview)),
         Stage("merge", ("tools/merge_checkpoints.py", "--checkpoints", f"{out}/train/checkpoints",
-                        "--last", str(merge_last), "--weights", "inverse_sqrt", "--output", f"{out}/merged")),
+                        "--last", str(merge_last), "--weights", "inverse_sqrt", "--output", f"{out}/merged"), fresh=out / "merged"),
         Stage("convert", ("tools/convert_checkpoint.py", "--input", f"{out}/merged", "--output", f"{out}/hf",
-                          "--to", "hf")),
+                          "--to", "hf"), fresh=out / "hf"),
         Stage("sample", ("tools/sample.py", "--checkpoint", f"{out}/hf", "--prompts", str(prompts),
                          "--output", f"{out}/pictures", "--overwrite")),
     ]  # fmt: skip
@@ -126,6 +148,7 @@ def score_stages(out: Path, prompts_per_skill: int) -> dict[str, Stage]:
             f"score: {name}",
             ("tools/evaluate.py", "scenes", *source, "--prompts-per-skill", str(prompts_per_skill),
              "--output", f"{out}/scores/{name}"),
+            fresh=out / "scores" / name,
         )
         for name, source in sources.items()
     }  # fmt: skip
@@ -134,19 +157,25 @@ def score_stages(out: Path, prompts_per_skill: int) -> dict[str, Stage]:
 def write_prompts(out: Path, data: str | None) -> Path:
     """One prompt per line: benchmark prompts that hold what training never showed together, or the user's captions."""
     if data is None:
-        from megatron_nucleus.data.scenes.benchmark import benchmark_prompts
-
         records = benchmark_prompts(PICTURES_PER_SKILL)
         prompts = [r["prompt"] for r in records if not r.get("split")]
     else:
-        from megatron_nucleus.data.dataset import open_corpus
-
-        corpus = open_corpus(out / "data")
-        rows = range(0, len(corpus), max(1, len(corpus) // PICTURES_OF_PHOTOS))
-        prompts = [" ".join(corpus.read(row).captions[0].text.split()) for row in rows][:PICTURES_OF_PHOTOS]
+        prompts = photo_prompts(open_corpus(out / "data"))
     path = out / "prompts.txt"
     path.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     return path
+
+
+def photo_prompts(corpus: Corpus) -> list[str]:
+    """Captions spread over the corpus: of each picture the shortest, where it is short enough for a prompt."""
+    rows = range(0, len(corpus), max(1, len(corpus) // PICTURES_OF_PHOTOS))
+    shortest = [min((" ".join(c.text.split()) for c in corpus.read(row).captions), key=len) for row in rows]
+    prompts = [text for text in shortest if text and len(text.split()) <= PROMPT_WORDS]
+    if not prompts:
+        raise ConfigError(
+            f"--data: no caption of at most {PROMPT_WORDS} words among {len(shortest)} that were looked at"
+        )
+    return prompts[:PICTURES_OF_PHOTOS]
 
 
 def write_report(out: Path, args: argparse.Namespace, runner: Runner, scores: dict[str, dict]) -> Path:
@@ -234,3 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.print_json(
             {"output": str(out), "report": str(report), "scores": results, "seconds": runner.seconds()}
         )
+
+
+if __name__ == "__main__":
+    cli.run(main)

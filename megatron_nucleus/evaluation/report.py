@@ -125,7 +125,7 @@ def _metrics(path: Path) -> list[dict]:
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline was never finished
         try:
             row = json.loads(line)
-            rows[row["step"]] = row
+            rows[row["step"]] = {"samples_seen": row["samples_seen"], "loss": row["loss"], **row}
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number}: no row of metrics ({error}); remove the line") from error
     return [rows[step] for step in sorted(rows)]
@@ -264,7 +264,7 @@ def _allocation(checkpoint: str | Path, prompt: str, device: str, shape: ModelSh
         "prompt": prompt or "(no prompt)",
         "experts": shape.num_experts,
         "mean": f"{mean:.2f}",
-        "untaken": f"{untaken:.0%}",
+        "untaken": f"{untaken:.1%}",
         "sigma": f"{sigmas[middle]:g}",
         "note": f" Only the first {figures.MAX_EXPERTS} experts are shown." if hidden > 0 else "",
     }

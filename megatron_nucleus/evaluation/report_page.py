@@ -20,7 +20,8 @@ tr.mean td{border-top:1px solid #d5dae2;font-weight:600}
 .sheet img.pixels{image-rendering:pixelated}
 .steps{display:flex;flex-wrap:wrap;gap:18px}.steps figure{margin:0;width:520px;max-width:100%}
 .steps img,img.figure{max-width:100%;height:auto}
-figcaption{font-size:12.5px} code,pre{font-size:12.5px} pre{overflow:auto;background:#f5f6f8;padding:.8em}
+figcaption{font-size:12.5px} small.seed{display:block}
+code,pre{font-size:12.5px} pre{overflow:auto;background:#f5f6f8;padding:.8em}
 </style></head><body>
 <h1>{{ title }}</h1>
 {% if summary %}<p>{{ summary }}</p>{% endif %}
@@ -30,7 +31,8 @@ figcaption{font-size:12.5px} code,pre{font-size:12.5px} pre{overflow:auto;backgr
 {% if pictures %}<h2>Generated pictures</h2>
 <p>Drawn by the trained model from the text under each picture and from nothing else{{ pictures_note }}.</p>
 <div class="sheet">{% for p in pictures %}<figure><img class="{{ 'pixels' if p.small else '' }}" src="{{ p.uri }}"
-alt="{{ p.prompt }}">{{ p.prompt or '(no prompt)' }} <small>seed {{ p.seed }}</small></figure>{% endfor %}</div>
+alt="{{ p.prompt }}">{{ p.prompt or '(no prompt)' }} <small class="seed">seed {{ p.seed }}</small></figure>
+{% endfor %}</div>
 {% endif %}
 
 {% if scores %}<h2>Scores</h2>
@@ -59,7 +61,7 @@ end.{% if loss.skipped %} {{ loss.skipped }} steps were left out because their g
 {% if allocation %}<h2>Which experts work where</h2>
 <p>The model is a mixture of experts: beside a shared one that sees everything, each MoE layer has
 {{ allocation.experts }} experts, and each of them chooses the parts of the picture (tokens) it works on. The map shows
-how many experts took each part of “{{ allocation.prompt }}”, layer by layer (rows) and at several noise
+how many experts took each part of “{{ allocation.prompt }}”, layer by layer (rows, the first is 0) and at several noise
 levels (columns; 1 is pure noise, where a drawing begins). White parts were left to the shared expert alone. On average
 {{ allocation.mean }} experts took a part; {{ allocation.untaken }} of the parts were taken by none.</p>
 <img class="figure" src="{{ allocation.figure }}" alt="maps of how many experts took each token">

@@ -147,13 +147,19 @@ class Pipeline:
         batches = -(-len(jobs) // batch_size)
         grid = (config.height // self.size_unit_px, config.width // self.size_unit_px)
         project = functools.partial(self.project, grid=grid)
+
+        def memory(start: int) -> TextMemory:
+            part = jobs[start : start + window]
+            return TextMemory(self.text_encoder, project, part, start, config.guidance > 1, batch_size)
+
+        texts = memory(0)  # before the bar: a prompt that is too long is one line of error
         with tqdm(total=batches * config.steps, unit="step", desc="sample", disable=not progress) as bar:
-            for start in range(0, len(jobs), window):
-                part = jobs[start : start + window]
-                texts = TextMemory(self.text_encoder, project, part, start, config.guidance > 1, batch_size)
-                for i in range(0, len(part), batch_size):
-                    bar.set_postfix_str(f"images {start + i} to {start + min(i + batch_size, len(part)) - 1}")
-                    yield from self._draw(part[i : i + batch_size], texts, i, config, bar)
+            for at in range(0, len(jobs), batch_size):
+                if at and at % window == 0:
+                    texts = memory(at)
+                part = jobs[at : at + batch_size]
+                bar.set_postfix_str(f"images {at} to {at + len(part) - 1}")
+                yield from self._draw(part, texts, at % window, config, bar)
 
     @torch.no_grad()  # not inference_mode: cached rotation tables are shared with training
     def _draw(

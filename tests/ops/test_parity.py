@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 import torch
-from op_cases import CASES, Inputs, outputs_and_gradients
+from tests.ops.op_cases import CASES, Inputs, outputs_and_gradients
 
 from megatron_nucleus.ops import registry
 from megatron_nucleus.ops.table import ROWS

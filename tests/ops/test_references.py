@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import Inputs, outputs_and_gradients
+from tests.ops.op_cases import Inputs, outputs_and_gradients
 
 from megatron_nucleus.ops import attention, expert_choice, experts, moe_rows, norm, swiglu
 

@@ -227,14 +227,15 @@ def test_output_that_is_a_file(run_folder, tmp_path):
 
 
 def test_exit_codes_and_one_line_errors(run_folder, tmp_path):
-    """The program itself: 2 with one line for a bad checkpoint path, 3 for a damaged one."""
+    """The program itself: 2 with one line for a bad argument, 3 for a damaged checkpoint."""
     damaged = tmp_path / "damaged"
     convert(run_folder, damaged, "hf")
     weights = next(damaged.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-8])
-    for checkpoint, code in ((tmp_path / "none", 2), (damaged, 3)):
+    long = "a " * 200
+    for checkpoint, prompt, code in ((tmp_path / "none", "a", 2), (damaged, "a", 3), (run_folder, long, 2)):
         done = subprocess.run(
-            [sys.executable, PROGRAM, "--checkpoint", checkpoint, "--prompt", "a", "--output", tmp_path / "o"],
+            [sys.executable, PROGRAM, "--checkpoint", checkpoint, "--prompt", prompt, "--output", tmp_path / "o"],
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
