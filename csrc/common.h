@@ -36,8 +36,8 @@ using torch::stable::Tensor;
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Work per thread below which a second thread costs more than it brings (elements; measured, README.md).
-constexpr int64_t kGrainElements = 16384;
+// Elements below which a second thread costs more than it brings: torch's own GRAIN_SIZE (ATen/Parallel.h).
+constexpr int64_t kGrainElements = 32768;
 
 inline int64_t grain(int64_t elements_per_item) {
   return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, elements_per_item));

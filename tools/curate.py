@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -28,11 +30,22 @@ class Settings:
     engine: EngineConfig
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a StoppedError inside the block."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     raise StoppedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, curate, print."""
     parser = Parser(prog="curate.py", description=__doc__)
     parser.add_argument("--input", required=True, metavar="DIR", help="folder of images or tars")
@@ -42,11 +55,10 @@ def main() -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML with sections curation and engine")
     add_arguments(parser, Settings)
     cli.add_json_flag(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     settings = load(Settings, args, args.config)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    result = curate(args.input, args.output, settings.curation, settings.engine)
+    with _stoppable():
+        result = curate(args.input, args.output, settings.curation, settings.engine)
     _summary(result)
     if args.json:
         cli.print_json(result)

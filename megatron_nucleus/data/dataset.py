@@ -53,16 +53,16 @@ class Corpus:
         self.manifest, self.manifest_hash = read_manifest(root)
         self.encoded: dict | None = self.manifest.get("encoded")
         _check_files(self.root, self.manifest)
-        columns = _load_columns(self.root, self.manifest)
-        names, codes = np.unique(columns["aspect_bucket"], return_inverse=True)
+        columns, names = _load_columns(self.root, self.manifest)
+        rank = np.argsort(np.argsort(names["aspect_bucket"]))  # number buckets by name
+        codes = rank[columns["aspect_bucket"]]
         order = np.argsort(codes, kind="stable")
-        counts = np.bincount(codes, minlength=len(names))
-        self.buckets = {str(n): int(c) for n, c in zip(names, counts, strict=True)}
+        counts = np.bincount(codes, minlength=len(rank))
+        self.buckets = dict(zip(sorted(names["aspect_bucket"]), counts.tolist(), strict=True))
         self.start = dict(
             zip(self.buckets, np.concatenate([[0], np.cumsum(counts)[:-1]]).tolist(), strict=True)
         )
-        self._tars, tar_codes = np.unique(columns["tar"], return_inverse=True)
-        self._tar = tar_codes.astype(np.int32)[order]
+        self._tars, self._tar = names["tar"], columns["tar"][order]
         self._offset, self._length = columns["offset"][order], columns["length"][order]
         self._id = columns["id"][order]
         self._reader = ShardReader(self.root)
@@ -86,7 +86,7 @@ class Corpus:
             DataError: the shard is missing or damaged there, or does not belong to the index.
         """
         key = self.id(row)
-        tar = str(self._tars[self._tar[row]])
+        tar = self._tars[self._tar[row]]
         payload, info = self._reader.read_sample(tar, int(self._offset[row]), int(self._length[row]), key)
         try:
             captions = tuple(Caption(**c) for c in info["captions"])
@@ -134,8 +134,10 @@ def _check_files(root: Path, manifest: dict) -> None:
             )
 
 
-def _load_columns(root: Path, manifest: dict) -> dict[str, np.ndarray]:
+def _load_columns(root: Path, manifest: dict) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Columns of all parts, tar and bucket as int32 numbers, and the names that these numbers stand for."""
     parts: dict[str, list] = {name: [] for name in _COLUMNS}
+    numbers: dict[str, dict[str, int]] = {"tar": {}, "aspect_bucket": {}}
     for entry in manifest["index"]:
         path = root / entry["path"]
         file = index.open_parquet(path, index.INDEX_SCHEMA)
@@ -149,8 +151,10 @@ def _load_columns(root: Path, manifest: dict) -> dict[str, np.ndarray]:
         finally:
             file.close()
         parts["id"].append(_ids(table["id"], path))
-        for name in ("tar", "aspect_bucket"):
-            parts[name].append(table[name].to_numpy().astype(np.str_))
+        for name, known in numbers.items():
+            encoded = table[name].combine_chunks().dictionary_encode()
+            here = [known.setdefault(v, len(known)) for v in encoded.dictionary.to_pylist()]
+            parts[name].append(np.array(here, np.int32)[encoded.indices.to_numpy()])
         for name in ("offset", "length"):
             parts[name].append(table[name].to_numpy())
     columns = {name: np.concatenate(values) if values else np.empty(0) for name, values in parts.items()}
@@ -159,7 +163,7 @@ def _load_columns(root: Path, manifest: dict) -> dict[str, np.ndarray]:
             f"{root}: the index has {len(columns['offset'])} rows, the manifest says {manifest['samples']} "
             "samples; copy the data set again or make it again"
         )
-    return columns
+    return columns, {name: list(known) for name, known in numbers.items()}
 
 
 def _ids(column: pa.ChunkedArray, path: Path) -> np.ndarray:

@@ -6,6 +6,7 @@ the point where a run was resumed.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import logging
@@ -27,6 +28,8 @@ from megatron_nucleus.utils.errors import ConfigError, DataError
 
 LENGTH_CLASSES = ("short", "medium", "detailed")
 _SUBSTITUTE_ATTEMPTS = 16
+_GRACE_S = 120  # a worker told to end lives on this long, so that the run can finish its step and save
+Made = tuple[RawBatch, list[str]] | DataError
 log = logging.getLogger(__name__)
 
 
@@ -98,16 +101,21 @@ class Loader:
             collate_fn=_identity,
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
-        self._iterator = [iter(loader)]  # the only reference: dropping it stops the workers
-        self._finalizer = weakref.finalize(self, self._iterator.clear)
+        self._batches = _Batches(iter(loader))
+        weakref.finalize(self, self._batches.stop).atexit = False  # the order at exit matters: see _Batches
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> RawBatch:
-        if not self._iterator:
-            raise StopIteration
-        batch, problems = next(self._iterator[0])
+        try:
+            made = next(self._batches.iterator)
+        except KeyboardInterrupt:
+            self.close()  # a batch may have been lost on the way: going on would wait for it
+            raise
+        if isinstance(made, DataError):
+            raise made
+        batch, problems = made
         for problem in problems:
             log.warning("sample replaced: %s", problem)
         self.substituted += len(problems)
@@ -115,7 +123,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers. Also happens when the loader is dropped and at exit."""
-        self._finalizer()
+        self._batches.stop()
 
     def __enter__(self) -> Loader:
         return self
@@ -191,16 +199,22 @@ def _jobs(
 
 
 class _BatchMaker(Dataset):
-    """Makes a micro-batch from a `Job`: ``maker[job]`` -> (RawBatch, descriptions of replaced samples)."""
+    """Makes a micro-batch from a `Job`: ``maker[job]`` -> (RawBatch, descriptions of replaced samples).
+
+    A DataError is returned, not raised: DataLoader would wrap it in a worker's traceback.
+    """
 
     def __init__(self, corpus: Corpus, config: DataConfig, seed: int, sizes: dict[str, tuple[int, int]]):
         self.corpus, self.config, self.seed, self.sizes = corpus, config, seed, sizes
         self.empty_text = corpus.empty_text() if corpus.encoded is not None else None
 
-    def __getitem__(self, job: Job) -> tuple[RawBatch, list[str]]:
+    def __getitem__(self, job: Job) -> Made:
         problems: list[str] = []
-        with images.quiet_decoding():
-            items = [self._sample(job, i, problems) for i in range(len(job.rows))]
+        try:
+            with images.quiet_decoding():
+                items = [self._sample(job, i, problems) for i in range(len(job.rows))]
+        except DataError as error:
+            return error
         ids, texts, tensors, features = zip(*items, strict=True)
         stacked = torch.stack(tensors)
         if self.corpus.encoded is not None:
@@ -282,14 +296,34 @@ class _Jobs(IterableDataset):
     def __init__(self, jobs: Iterator[Job], maker: _BatchMaker):
         self._jobs, self._maker = jobs, maker
 
-    def __iter__(self) -> Iterator[tuple[RawBatch, list[str]]]:
+    def __iter__(self) -> Iterator[Made]:
         return (self._maker[job] for job in self._jobs)
+
+
+class _Batches:
+    """A DataLoader iterator that is stopped for certain, once: by close, by dropping the loader, or at exit.
+
+    Dropping the iterator alone is not enough: the traceback of an error keeps it alive. At exit, workers must be
+    gone before multiprocessing's own exit handler waits for them; handlers registered later run earlier.
+    """
+
+    def __init__(self, iterator: Iterator[Made]):
+        self.iterator = iterator
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        iterator, self.iterator = self.iterator, iter(())
+        atexit.unregister(self.stop)
+        shutdown = getattr(iterator, "_shutdown_workers", None)  # absent when there are no workers
+        if shutdown is not None:
+            shutdown()
 
 
 def _start_worker(_: int) -> None:
     """The training process decides when to stop: a signal to the group must not kill its loader first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
 
 
 def _identity(value: object) -> object:

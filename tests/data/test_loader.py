@@ -237,10 +237,10 @@ def good_id(number):
 
 def test_a_bucket_of_damage_ends_with_the_file_named(tmp_path):
     corpus, _ = make_corpus(tmp_path / "d", count=6, damaged=set(range(6)))
-    with pytest.raises(DataError, match="unreadable"):
-        take(corpus, 1)
-    with pytest.raises(DataError, match="unreadable"):
-        take(corpus, 1, dataclasses.replace(CONFIG, num_workers=1))
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"16 samples of bucket .* in a row are unreadable") as caught:
+            take(corpus, 1, dataclasses.replace(CONFIG, num_workers=workers))
+        assert "\n" not in str(caught.value)
 
 
 def test_encoded_samples_give_latents_and_padded_features(tmp_path):
@@ -302,7 +302,7 @@ def test_workers_are_gone_after_close_drop_and_error(made):
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys
     from megatron_nucleus.data.dataset import open_corpus
     from megatron_nucleus.data.loader import DataConfig, build_loader
     config = DataConfig(data_path="x", resolution_px=32, num_workers=2)
@@ -312,17 +312,23 @@ SCRIPT = """
     print("ready", flush=True)
     if sys.argv[2] == "exit":
         sys.exit(0)
-    try:
-        while True:
+    if sys.argv[2] == "flag":  # as a training run does: finish and save after a signal to the whole group
+        asked = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: asked.append(1))
+        print("set", flush=True)
+        while len(asked) < 2:
             next(loader)
-    except KeyboardInterrupt:
-        for _ in range(50):  # the signal also reached the workers: they still deliver, so a run can save
+        for _ in range(50):
             next(loader)
         print("delivered", flush=True)
+        sys.exit(0)
+    while True:
+        next(loader)
 """
 
 
-@pytest.mark.parametrize("ending", ["exit", "interrupt", "kill"])
+@pytest.mark.parametrize("ending", ["exit", "interrupt", "flag", "kill"])
 def test_no_worker_outlives_the_program(made, ending):
     corpus, _ = made
     process = subprocess.Popen(
@@ -335,13 +341,20 @@ def test_no_worker_outlives_the_program(made, ending):
     assert process.stdout.readline() == "ready\n"
     if ending == "interrupt":
         os.killpg(process.pid, signal.SIGINT)
+    elif ending == "flag":
+        assert process.stdout.readline() == "set\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
     elif ending == "kill":
         os.kill(process.pid, signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    if ending != "kill":
-        assert process.returncode == 0, err
-        assert out == ("delivered\n" if ending == "interrupt" else "")
+    expected = {"exit": 0, "flag": 0, "kill": -signal.SIGKILL, "interrupt": -signal.SIGINT}
+    assert process.returncode == expected[ending], err
+    assert out == ("delivered\n" if ending == "flag" else "")
+    if ending in ("exit", "flag"):
         assert "Traceback" not in err
+    elif ending == "interrupt":
+        assert err.count("\nKeyboardInterrupt") == 1, err  # the program's own, none of the workers'
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and group_alive(process.pid):
         time.sleep(0.1)

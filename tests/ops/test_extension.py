@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ops.op_cases import CASES, Inputs, outputs_and_gradients
 
 from megatron_nucleus.ops import registry
+from tests.ops.op_cases import CASES, Inputs, outputs_and_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = ("moe_combine", "modulated_layer_norm", "rms_norm", "swiglu")

@@ -9,10 +9,10 @@ import importlib
 
 import pytest
 import torch
-from tests.ops.op_cases import CASES, Inputs, outputs_and_gradients
 
 from megatron_nucleus.ops import registry
 from megatron_nucleus.ops.table import ROWS
+from tests.ops.op_cases import CASES, Inputs, outputs_and_gradients
 
 REFERENCES = {row.op: row for row in ROWS if row.backend == "torch"}
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ops.op_cases import Inputs, outputs_and_gradients
 
 from megatron_nucleus.ops import attention, expert_choice, experts, moe_rows, norm, swiglu
+from tests.ops.op_cases import Inputs, outputs_and_gradients
 
 
 def test_gather_and_combine_are_the_loops_they_stand_for():

@@ -127,7 +127,7 @@ PRESETS: dict[str, ModelShape] = {
         num_layers=4, num_attention_heads=4, attention_head_dim=32, num_key_value_heads=2, text_dim=256,
         latent_channels=16, patch_size=2, axes_dims_rope=(8, 12, 12), mlp_ratio=4.0,
         dense_moe_strategy="leave_first_block_dense", num_experts=8, moe_intermediate_dim=128,
-        capacity_factors=(0.0, 2.0, 2.0, 2.0), use_sigmoid=False, route_scale=2.5,
+        capacity_factors=(0.0, 1.0, 1.0, 1.0), use_sigmoid=False, route_scale=2.5,
     ),
 }  # fmt: skip
 

@@ -42,8 +42,12 @@ def length_class(text: str) -> str:
 
 
 def merge_captions(*groups: list[Caption]) -> list[Caption]:
-    """Captions in order, each text once."""
-    return list({c.text: c for group in reversed(groups) for c in reversed(group)}.values())[::-1]
+    """Captions in order, of equal texts the first."""
+    merged: dict[str, Caption] = {}
+    for group in groups:
+        for caption in group:
+            merged.setdefault(caption.text, caption)
+    return list(merged.values())
 
 
 def parse_sidecars(files: list[tuple[str, bytes]]) -> SideData:
@@ -87,9 +91,9 @@ def _parse_json(name: str, text: str, data: SideData) -> None:
         raise UnusableImage("bad_caption", f"{name}: not valid JSON ({error})") from error
     if isinstance(value, dict):
         value = dict(value)
-        data.licence = _take_text(value, "licence", "license") or data.licence
-        data.source_url = _take_text(value, "source_url", "url") or data.source_url
-        data.attribution = _take_text(value, "attribution", "author") or data.attribution
+        data.licence = _take_text(name, value, "licence", "license") or data.licence
+        data.source_url = _take_text(name, value, "source_url", "url") or data.source_url
+        data.attribution = _take_text(name, value, "attribution", "author") or data.attribution
         entries = [value.pop(key) for key in ("caption", "captions") if value.get(key) is not None]
         data.metadata.update({k: v for k, v in value.items() if k not in ("caption", "captions")})
     else:
@@ -136,12 +140,12 @@ def _add_caption(name: str, text: str, fields: dict[str, Any], data: SideData) -
     data.captions.append(Caption(text=text, **fields))
 
 
-def _take_text(value: dict, *names: str) -> str | None:
+def _take_text(file: str, value: dict, *names: str) -> str | None:
     """Remove and return the first of the keys that holds text; other types stay in the metadata."""
     for name in names:
         if isinstance(value.get(name), str) and value[name].strip():
             text = value.pop(name).strip()
-            _check_storable(name, text)
+            _check_storable(file, text)
             return text
     return None
 

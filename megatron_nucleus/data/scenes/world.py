@@ -89,7 +89,7 @@ class SceneConfig:
     )
     max_objects: int = knob(4, "most objects in one scene (grid: at most 4)", unit="objects")
     skill_weights: tuple[float, ...] = knob(
-        (0.08, 0.14, 0.22, 0.10, 0.26, 0.20), f"share of scenes per skill: {', '.join(TAGS)}"
+        (0.14, 0.12, 0.24, 0.10, 0.22, 0.18), f"share of scenes per skill: {', '.join(TAGS)}"
     )
     mixed_counting: float = knob(
         0.15, "share of counting scenes that hold two or three kinds of object", unit="frac"
