@@ -11,12 +11,16 @@ from megatron_nucleus.utils.config import knob
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Which backend runs each operation: a name from tools/doctor.py, or auto."""
+    """Which backend runs each operation: a name that tools/doctor.py lists, or auto."""
 
     attention_backend: str = knob("auto", "softmax attention of image queries over image and text keys")
-    norm_backend: str = knob("auto", "LayerNorm with modulation, RMSNorm")
-    moe_backend: str = knob("auto", "row gather and weighted scatter-add around the experts")
-    expert_backend: str = knob("auto", "batched SwiGLU of the experts, and token selection")
+    modulated_layer_norm_backend: str = knob("auto", "LayerNorm times (1 + scale)")
+    rms_norm_backend: str = knob("auto", "RMSNorm of queries, keys, text and time embedding")
+    swiglu_backend: str = knob("auto", "SwiGLU of dense and shared feed-forwards")
+    moe_gather_backend: str = knob("auto", "tokens to the experts' rows")
+    moe_combine_backend: str = knob("auto", "experts' rows back to the tokens, weighted")
+    expert_choice_backend: str = knob("auto", "each expert's best tokens and their weights")
+    expert_ffn_backend: str = knob("auto", "the experts' batched matrix products")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Kernels:
     modulated_layer_norm: Callable
     rms_norm: Callable
     swiglu: Callable
-    gather_rows: Callable
-    combine_rows: Callable
-    select_tokens: Callable
+    moe_gather: Callable
+    moe_combine: Callable
+    expert_choice: Callable
     expert_ffn: Callable
 
 
@@ -40,17 +44,11 @@ def resolve_kernels(config: KernelConfig | None = None, device_type: str = "cpu"
         ConfigError: a named backend cannot be used here; the message says why and what can.
     """
     config = config or KernelConfig()
-
-    def pick(op: str, backend: str) -> Callable:
-        return registry.resolve(op, backend, device_type=device_type)
-
     return Kernels(
-        attention=pick("attention", config.attention_backend),
-        modulated_layer_norm=pick("modulated_layer_norm", config.norm_backend),
-        rms_norm=pick("rms_norm", config.norm_backend),
-        swiglu=pick("swiglu", config.expert_backend),
-        gather_rows=pick("moe_gather", config.moe_backend),
-        combine_rows=pick("moe_combine", config.moe_backend),
-        select_tokens=pick("expert_choice", config.expert_backend),
-        expert_ffn=pick("expert_ffn", config.expert_backend),
+        **{
+            field.name: registry.resolve(
+                field.name, getattr(config, f"{field.name}_backend"), device_type=device_type
+            )
+            for field in dataclasses.fields(Kernels)
+        }
     )

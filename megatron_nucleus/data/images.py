@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -204,8 +205,12 @@ def load_pixels(payload: bytes, width: int, height: int) -> np.ndarray:
     Raises:
         UnusableImage: see `decode`.
     """
-    image = decode(payload, PILLOW_MAX_PIXELS, draft_px=_draft_size(payload, width, height)).image
-    return np.asarray(fit(image, width, height))
+    image = open_image(payload, PILLOW_MAX_PIXELS)
+    try:
+        draft_px = _draft_size(image, width, height) if image.format in ("JPEG", "MPO") else None
+    except Exception as error:  # damaged EXIF
+        raise UnusableImage("undecodable", _describe(error)) from error
+    return np.asarray(fit(decode_opened(image, draft_px).image, width, height))
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -228,12 +233,15 @@ def crop_box(width: int, height: int, ratio: float) -> tuple[float, float, float
     return 0.0, margin, float(width), height - margin
 
 
-def _draft_size(payload: bytes, width: int, height: int) -> tuple[int, int] | None:
-    """Decode size for a JPEG that is scaled down to ``width`` x ``height``: twice that keeps the quality."""
-    if not payload.startswith(b"\xff\xd8\xff"):
-        return None
-    side = 2 * max(width, height)
-    return side, side
+def _draft_size(image: Image.Image, width: int, height: int) -> tuple[int, int]:
+    """Size at which a JPEG that will be fitted into ``width`` x ``height`` px may be decoded.
+
+    Twice the size that it is scaled to, so that the last factor of two is Lanczos' and the quality is kept.
+    """
+    if _orientation(image) >= 5:  # stored sideways
+        width, height = height, width
+    scale = 2 * max(width / image.width, height / image.height)
+    return math.ceil(image.width * scale), math.ceil(image.height * scale)
 
 
 def _orientation(image: Image.Image) -> int:

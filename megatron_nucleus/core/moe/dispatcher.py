@@ -24,7 +24,7 @@ class LocalDispatcher:
         """Rows in destination order: [E, B*C, D], expert-major, then image, then rank of the token's score."""
         E = routing.index_BEC.shape[1]
         D = x_BSD.shape[-1]
-        rows = self.kernels.gather_rows(x_BSD.reshape(-1, D), _flat_index(routing, x_BSD.shape[1]))
+        rows = self.kernels.moe_gather(x_BSD.reshape(-1, D), _flat_index(routing, x_BSD.shape[1]))
         return rows.view(E, -1, D)
 
     def combine(self, base_BSD: Tensor, rows_END: Tensor, routing: Routing) -> Tensor:
@@ -32,7 +32,7 @@ class LocalDispatcher:
         D = base_BSD.shape[-1]
         weight = routing.weight_BEC.transpose(0, 1).reshape(-1)
         index = _flat_index(routing, base_BSD.shape[1])
-        out = self.kernels.combine_rows(base_BSD.reshape(-1, D), rows_END.reshape(-1, D), weight, index)
+        out = self.kernels.moe_combine(base_BSD.reshape(-1, D), rows_END.reshape(-1, D), weight, index)
         return out.view_as(base_BSD)
 
 

@@ -48,7 +48,7 @@ class Router(nn.Module):
         features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), plain_BSD], dim=-1)
         logits_BSE = nn.functional.linear(features, self.weight)
         rows = capacity(self.factor, S, self.weight.shape[0])
-        index_BEC, weight_BEC = self.kernels.select_tokens(
+        index_BEC, weight_BEC = self.kernels.expert_choice(
             logits_BSE, rows, self.use_sigmoid, self.route_scale
         )
         return Routing(index_BEC, weight_BEC, logits_BSE.float())

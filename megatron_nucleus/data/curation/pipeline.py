@@ -70,9 +70,11 @@ def curate(
     _check_input(source, found)
     settings = {"input_fingerprint": found.fingerprint, "curation": dataclasses.asdict(config)}
     state = manifest.claim_output(output, TOOL, settings)
-    if state != "complete":
+    if state != "complete" or (output / _WORK).exists():
         with _exclusive(output):
-            _run(source, output, found, config, engine, settings)
+            if state != "complete":
+                _run(source, output, found, config, engine, settings)
+            _tidy(output)
     made, _ = manifest.read_manifest(output)
     wall_s = time.perf_counter() - started
     rate = 0.0 if state == "complete" else made["counts"]["seen"] / wall_s
@@ -124,6 +126,13 @@ def _exclusive(output: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _tidy(output: Path) -> None:
+    """Remove intermediate files of a finished data set, and what a killed process left half written."""
+    shutil.rmtree(output / _WORK, ignore_errors=True)
+    for path in output.glob(".*.tmp*"):
+        path.unlink()
+
+
 def _run(
     source: Path,
     output: Path,
@@ -166,7 +175,6 @@ def _run(
         counts=counts,
         merged_buckets=moved,
     )
-    shutil.rmtree(work)
 
 
 def _pack(
