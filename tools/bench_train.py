@@ -24,9 +24,9 @@ from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.training import arguments, flops
 from megatron_nucleus.training.benchmark import BenchConfig, make_workload, run_benchmark
-from megatron_nucleus.training.initialize import pick_device
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import ConfigError
 
 

@@ -17,9 +17,9 @@ from megatron_nucleus.data.encode import EncodeConfig, encode_corpus
 from megatron_nucleus.data.encoders import EncoderConfig, build_codec, build_text_encoder
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.training.arguments import RunConfig
-from megatron_nucleus.training.initialize import pick_device
 from megatron_nucleus.utils.cli import add_json_flag, print_json, progress_bar, run
 from megatron_nucleus.utils.config import Parser, add_arguments, load
+from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import StoppedError
 
 

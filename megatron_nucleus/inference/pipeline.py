@@ -26,7 +26,8 @@ from megatron_nucleus.inference.sampler import (
 from megatron_nucleus.inference.text import Job, TextMemory
 from megatron_nucleus.types import TextFeatures, TextKV
 from megatron_nucleus.utils import rng
-from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
+from megatron_nucleus.utils.devices import pick_device
+from megatron_nucleus.utils.errors import ConfigError, DataError
 
 # Images whose prompts are encoded before the first of them is drawn: a prompt that is too long stops a job of
 # any usual size at once, and the features of a window (1 MB per prompt with Qwen3-VL) fit in memory.
@@ -271,22 +272,6 @@ def load_pipeline(
         if "path" in spec:
             spec.setdefault("dtype", name)
     return Pipeline(model, build_codec(specs[0], where), build_text_encoder(specs[1], where), sampling)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where it is there. Raises ConfigError for an unknown or absent device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ConfigError(
-            f"--device {name}: one of auto, cpu, cuda, cuda:N{nearest(name, ('auto', 'cpu', 'cuda'))}"
-        )
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"--device {name}: torch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu"
-        )
-    return torch.device(name)
 
 
 def sampling_defaults(description: CheckpointDescription) -> SamplerConfig:

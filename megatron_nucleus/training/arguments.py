@@ -127,8 +127,6 @@ def check(run: RunConfig) -> None:
         _at_least("cpu_threads", t.cpu_threads, 1)
     if t.keep_last_checkpoints is not None:
         _at_least("keep_last_checkpoints", t.keep_last_checkpoints, 1)
-    if t.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {t.device}: one of auto, cpu, cuda")
     if t.sample_interval and not t.sample_prompts:
         raise ConfigError(
             "--sample-interval needs --sample-prompts (or training.sample_prompts in the config file)"

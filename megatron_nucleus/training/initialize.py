@@ -19,6 +19,7 @@ from megatron_nucleus.core.models.presets import ModelShape, resolve_shape
 from megatron_nucleus.data.encoders import build_codec, build_text_encoder
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_atomic
 
@@ -42,15 +43,6 @@ def initialize(run: RunConfig) -> torch.device:
         torch.set_num_threads(run.training.cpu_threads)
     open_run_folder(run)
     return device
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` takes CUDA where it is there. Raises ConfigError when cuda is asked for and absent."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device(name)
 
 
 def build_model(run: RunConfig, device: torch.device, text_dim: int) -> NucleusTransformer:
