@@ -8,18 +8,13 @@ stopped one left off.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Sequence
 
 from megatron_nucleus.data.curation.filters import CurationConfig
 from megatron_nucleus.data.curation.pipeline import EngineConfig, curate
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser, add_arguments, load
-from megatron_nucleus.utils.errors import StoppedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +23,6 @@ class Settings:
 
     curation: CurationConfig
     engine: EngineConfig
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into a StoppedError inside the block."""
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise StoppedError(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.add_json_flag(parser)
     args = parser.parse_args(argv)
     settings = load(Settings, args, args.config)
-    with _stoppable():
-        result = curate(args.input, args.output, settings.curation, settings.engine)
+    result = curate(args.input, args.output, settings.curation, settings.engine)
     _summary(result)
     if args.json:
         cli.print_json(result)
@@ -80,4 +59,4 @@ def _summary(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "the same command goes on from here")

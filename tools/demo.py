@@ -25,7 +25,7 @@ from megatron_nucleus.data.scenes import benchmark_prompts
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError, UserError
-from megatron_nucleus.utils.files import write_json_atomic
+from megatron_nucleus.utils.files import sha256_file, write_json_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES_CONFIG = ROOT / "examples" / "demo_cpu.yaml"
@@ -40,58 +40,93 @@ PREVIEWS = 6  # prompts drawn while training
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One program call. name: key in steps.json and in the time table. argv: tools/<program> and its flags.
+    """One program call.
 
+    name: key in steps.json and in the time table. argv: tools/<program> and its flags.
+    reads: file whose content is part of the call, as its flags are.
     fresh: folder that an unfinished call may have left, and that the program would refuse to write into again.
     """
 
     name: str
     argv: tuple[str, ...]
+    reads: Path | None = None
     fresh: Path | None = None
+
+    def key(self) -> dict:
+        """What must be equal for a finished call to stand for this one."""
+        return {"command": [*self.argv, "--json"], "reads": sha256_file(self.reads) if self.reads else None}
 
 
 class Runner:
-    """Runs stages in order and remembers the finished ones in ``OUTPUT/steps.json``."""
+    """Runs stages in order and remembers them in ``OUTPUT/steps.json``.
+
+    A stage that finished with the same command is not run again; once one runs, all after it run, too.
+    """
 
     def __init__(self, output: Path, total: int):
         self.path, self.total, self.count = output / "steps.json", total, 0
-        self.done: dict = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        memory = (
+            json.loads(self.path.read_text()) if self.path.is_file() else {"finished": {}, "unfinished_s": {}}
+        )
+        self.finished, self.unfinished_s = memory["finished"], memory["unfinished_s"]
 
     def run(self, stage: Stage) -> dict:
-        """The stage's ``--json`` object; a stage that finished with the same command is not run again.
+        """The stage's ``--json`` object.
 
         Raises:
             UserError: the stage ended with an error (its own message is above); same exit code as the stage.
         """
         self.count += 1
-        command = [*stage.argv, "--json"]
-        print(f"\n[{self.count}/{self.total}] {stage.name}\n  $ python {shlex.join(command)}", flush=True)
-        before = self.done.get(stage.name)
-        if before and before["command"] == command:
+        key = stage.key()
+        print(
+            f"\n[{self.count}/{self.total}] {stage.name}\n  $ python {shlex.join(key['command'])}", flush=True
+        )
+        before = self.finished.get(stage.name)
+        if before and before["key"] == key:
             print(f"  finished before in {before['seconds']:.0f} s")
             return before["result"]
-        if stage.fresh is not None and stage.fresh.exists():
-            shutil.rmtree(stage.fresh)
+        self._forget_from(stage)
         start = time.monotonic()
         with ctrl_c_left_to_the_stage():
-            process = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            process = subprocess.run(
+                [sys.executable, *key["command"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            )
+        seconds = time.monotonic() - start + self.unfinished_s.pop(stage.name, 0.0)
         lines = process.stdout.strip().splitlines()
         if process.returncode:
+            self.unfinished_s[stage.name] = seconds
+            self._remember()
             print("\n".join(lines))
             kind = ERRORS.get(process.returncode, UserError)
             raise kind(
                 f"stage '{stage.name}' ended with code {process.returncode}; the same command continues there"
             )
-        seconds = time.monotonic() - start
-        result = json.loads(lines[-1])
         print("\n".join(f"  {line}" for line in lines[:-1]))
-        self.done[stage.name] = {"command": command, "seconds": seconds, "result": result}
-        write_json_atomic(self.path, self.done)
+        result = json.loads(lines[-1])
+        self.finished[stage.name] = {"key": key, "seconds": seconds, "result": result}
+        self._remember()
         return result
 
     def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage."""
-        return {name: entry["seconds"] for name, entry in self.done.items()}
+        """Wall time of every finished stage, interrupted calls included."""
+        return {name: entry["seconds"] for name, entry in self.finished.items()}
+
+    def commands(self) -> list[str]:
+        """The finished stages' commands, in order."""
+        return [f"python {shlex.join(entry['key']['command'])}" for entry in self.finished.values()]
+
+    def _forget_from(self, stage: Stage) -> None:
+        """This stage and every later one will run: what they left is no longer current."""
+        names = list(self.finished)
+        if stage.name in names:
+            for name in names[names.index(stage.name) :]:
+                del self.finished[name]
+        self._remember()
+        if stage.fresh is not None and stage.fresh.exists():
+            shutil.rmtree(stage.fresh)
+
+    def _remember(self) -> None:
+        write_json_atomic(self.path, {"finished": self.finished, "unfinished_s": self.unfinished_s})
 
 
 @contextlib.contextmanager
@@ -125,7 +160,7 @@ def model_stages(out: Path, config: Path, prompts: Path, merge_last: int) -> lis
     preview = lines[:: max(1, len(lines) // PREVIEWS)][:PREVIEWS]
     return [
         Stage("train", ("tools/train.py", "--config", str(config), "--data-path", f"{out}/data",
-                        "--run-dir", f"{out}/train", "--sample-prompts", *preview)),
+                        "--run-dir", f"{out}/train", "--sample-prompts", *preview), reads=config),
         Stage("merge", ("tools/merge_checkpoints.py", "--checkpoints", f"{out}/train/checkpoints",
                         "--last", str(merge_last), "--weights", "inverse_sqrt", "--output", f"{out}/merged"),
               fresh=out / "merged"),
@@ -198,7 +233,7 @@ def write_report(out: Path, args: argparse.Namespace, runner: Runner, scores: di
         scores={names[k]: v for k, v in scores.items()} or None,
         scores_note="Two-object, position and attribution prompts name pairs that training never showed together.",
         timings=timings,
-        commands=[f"python {shlex.join(entry['command'])}" for entry in runner.done.values()],
+        commands=runner.commands(),
     )
 
 
@@ -249,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(args.output).resolve()
     out.mkdir(parents=True, exist_ok=True)
     config = Path(args.config).resolve() if args.config else (PHOTOS_CONFIG if args.data else SCENES_CONFIG)
+    if not config.is_file():
+        raise ConfigError(f"--config {args.config}: no such file")
 
     prepare = prepare_stages(out, args.data, args.scenes)
     scores = {} if args.data else score_stages(out, args.prompts_per_skill)

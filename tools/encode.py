@@ -6,11 +6,9 @@ Reads a folder that tools/curate.py made; encoders, resolution and patch size co
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from megatron_nucleus.core.models.presets import resolve_shape
 from megatron_nucleus.data.encode import EncodeConfig, encode_corpus
@@ -20,7 +18,6 @@ from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.utils.cli import add_json_flag, print_json, progress_bar, run
 from megatron_nucleus.utils.config import Parser, add_arguments, load
 from megatron_nucleus.utils.devices import pick_device
-from megatron_nucleus.utils.errors import StoppedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = build_codec(settings.encoders.codec_spec(), device)
     text_encoder = build_text_encoder(settings.encoders.text_spec(), device)
     start = time.perf_counter()
-    with _stoppable(args.output), progress_bar("encode", unit=" images") as progress:
+    with progress_bar("encode", unit=" images") as progress:
         result = encode_corpus(
             settings.data.data_path,
             args.output,
@@ -78,23 +75,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_json(result)
 
 
-@contextlib.contextmanager
-def _stoppable(output: str) -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with exit code 4 instead of a traceback."""
-
-    def stop(number: int, _: object) -> None:
-        raise StoppedError(
-            f"stopped by {signal.Signals(number).name}; the same command goes on in {output} after the last "
-            "finished shard"
-        )
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on after the last finished shard")

@@ -70,4 +70,4 @@ def _percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "the same command goes on if it has --output, else it starts again")

@@ -7,12 +7,14 @@ weights (its release blog). How that formula counts is not published; ours is in
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_nucleus.data.encoders import same_encoder
 from megatron_nucleus.export import native
 from megatron_nucleus.export.convert import (
     DEFAULT_SHARD_BYTES,
@@ -71,9 +73,12 @@ def merge_weights(scheme: str, count: int, ema_decay: float = DEFAULT_EMA_DECAY)
 def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequence[int] | None) -> list[Path]:
     """Step folders to merge, oldest first: the ``last`` newest ones, or exactly those of ``steps``.
 
+    The newest is the one that ``latest`` names: a run that went back to it left the later ones behind.
+
     Raises:
         ConfigError: no checkpoints there, fewer than ``last``, an unknown or repeated step, or not exactly one of
             ``last`` and ``steps``.
+        DataError: ``latest`` is damaged and ``last`` is asked for.
     """
     checkpoints = Path(checkpoints)
     folder = native.checkpoints_folder(checkpoints)
@@ -87,9 +92,11 @@ def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequenc
     if last is not None:
         if last < 1:
             raise ConfigError(f"--last {last}: must be at least 1")
-        if last > len(found):
-            raise ConfigError(f"--last {last}: only {len(found)} checkpoints exist in {folder}")
-        return found[-last:]
+        branch = native.list_branch(folder)
+        if last > len(branch):
+            until = f" up to {branch[-1].name}, which latest names" if len(branch) < len(found) else ""
+            raise ConfigError(f"--last {last}: only {len(branch)} checkpoints exist in {folder}{until}")
+        return branch[-last:]
     by_step = {native.step_number(p): p for p in found}
     for step in steps:
         if step not in by_step:
@@ -189,9 +196,8 @@ def _weighted_sum(name: str, inputs: list[Weights], factors: list[float], low: i
 def _check_same_model(
     a: tuple[CheckpointDescription, Weights], b: tuple[CheckpointDescription, Weights]
 ) -> None:
-    for what in ("shape", "codec", "text_encoder"):
-        ours, theirs = getattr(a[0], what), getattr(b[0], what)
-        if ours != theirs:
+    for what, same in (("shape", operator.eq), ("codec", same_encoder), ("text_encoder", same_encoder)):
+        if not same(getattr(a[0], what), getattr(b[0], what)):
             raise DataError(
                 f"{b[0].path / 'state.json'}: another {_WORDS[what]} than {a[0].path}; merge checkpoints of one run"
             )

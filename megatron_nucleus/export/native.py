@@ -105,6 +105,21 @@ def newest_checkpoint(folder: Path) -> Path:
     return folder / name
 
 
+def list_branch(folder: Path) -> list[Path]:
+    """Step folders up to the one that `latest` names, oldest first; [] where there are none.
+
+    Newer ones stem from before the run went back to `latest`: they are not of its history.
+
+    Raises:
+        DataError: see `newest_checkpoint`.
+    """
+    steps = list_steps(folder)
+    if not steps:
+        return []
+    newest = step_number(newest_checkpoint(folder))
+    return [step for step in steps if step_number(step) <= newest]
+
+
 def find_complete(damaged: Path) -> Path | None:
     """The newest complete checkpoint beside ``damaged`` (a step folder or a checkpoints folder), older ones first."""
     named = _STEP_NAME.fullmatch(damaged.name) is not None

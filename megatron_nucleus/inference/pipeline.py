@@ -81,7 +81,7 @@ class Pipeline:
         config = dataclasses.replace(self.sampling, **given)
         check_sampler(config)
         for name in ("height", "width"):
-            _check_size(name, getattr(config, name), self.size_unit_px)
+            check_size(name, getattr(config, name), self.size_unit_px)
         return config
 
     def generate(
@@ -223,7 +223,8 @@ def _jobs(
     return [Job(*job) for job in zip(prompts, negatives, seeds, strict=True)]
 
 
-def _check_size(name: str, value: int | None, unit: int) -> None:
+def check_size(name: str, value: int | None, unit: int) -> None:
+    """Raise ConfigError unless ``value`` is a multiple of ``unit`` px; ``name`` is its flag."""
     if value is None:
         raise ConfigError(f"--{name}: no default size is known; give --height and --width in px")
     if value % unit:

@@ -123,6 +123,8 @@ def check(run: RunConfig) -> None:
             raise ConfigError(
                 f"--micro-batch-size {t.micro_batch_size} does not divide --global-batch-size {t.global_batch_size}"
             )
+    if not -(1 << 63) <= t.seed < 1 << 63:
+        raise ConfigError(f"--seed {t.seed}: must be a signed 64-bit number")
     if t.cpu_threads is not None:
         _at_least("cpu_threads", t.cpu_threads, 1)
     if t.keep_last_checkpoints is not None:

@@ -40,8 +40,9 @@ class Checkpointer:
 
     Args:
         folder: ``RUN/checkpoints``; created by the first save.
-        keep_last: delete step folders older than the newest this many after a save (never the one that ``latest``
-            names); None keeps all. Merging N checkpoints needs at least N.
+        keep_last: after a save, delete step folders older than the newest this many, counted back from the one that
+            ``latest`` names (later ones, of a run that went back, are left alone); None keeps all. Merging N
+            checkpoints needs at least N.
         checksums: compare SHA-256 on load (one extra read); sizes are always compared.
     """
 
@@ -151,19 +152,16 @@ class Checkpointer:
         native.set_latest(self.folder, target)
         fsync_folder(self.folder)
         shutil.rmtree(self.folder / f".old_{target.name}", ignore_errors=True)
-        self._prune(target)
+        self._prune()
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self) -> None:
         if self.keep_last is None:
             return
-        steps = native.list_steps(self.folder)
-        for step in steps[: -self.keep_last]:
-            if step != newest:
-                hidden = (
-                    self.folder / f".old_{step.name}"
-                )  # a half-deleted folder must not look like a checkpoint
-                os.rename(step, hidden)
-                shutil.rmtree(hidden)
+        for step in native.list_branch(self.folder)[: -self.keep_last]:
+            # A half-deleted folder must not look like a checkpoint.
+            hidden = self.folder / f".old_{step.name}"
+            os.rename(step, hidden)
+            shutil.rmtree(hidden)
 
     def _read_verified(self, step: Path) -> dict:
         native.verify(step, checksums=self.checksums)

@@ -125,6 +125,17 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows if last is None else [*rows, last]
 
 
+def last_loss(run_dir: str | Path, step: int) -> float | None:
+    """Loss of the newest row up to ``step``; None where there is no row, or the loss was not finite.
+
+    Raises:
+        DataError: ``metrics.jsonl`` cannot be read.
+    """
+    path = Path(run_dir) / FILE_NAME
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+    return rows[-1].get("loss") if rows else None
+
+
 def _parse(line: str) -> dict | None:
     try:
         row = json.loads(line)

@@ -9,6 +9,19 @@ from PIL import Image
 
 from megatron_nucleus.inference.grid import contact_sheet
 from megatron_nucleus.inference.pipeline import Pipeline
+from megatron_nucleus.inference.text import encode_each
+
+
+def check_previews(pipeline: Pipeline, prompts: tuple[str, ...]) -> None:
+    """Encode the prompts once before the run starts, so that one that cannot be drawn is found then.
+
+    Raises:
+        ConfigError: a prompt is too long, naming it.
+    """
+    labels = {prompt: f"--sample-prompts: number {i} (counting from 0)" for i, prompt in enumerate(prompts)}
+    if pipeline.sampling.guidance > 1:
+        labels.setdefault("", "the empty negative prompt")
+    encode_each(pipeline.text_encoder, labels, batch_size=16)
 
 
 def draw_previews(pipeline: Pipeline, prompts: tuple[str, ...], folder: Path, step: int) -> Image.Image:

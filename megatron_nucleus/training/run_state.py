@@ -7,11 +7,11 @@ import logging
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.data.dataset import Corpus
-from megatron_nucleus.data.encoders import LatentCodec, TextEncoder
-from megatron_nucleus.inference.sampler import SamplerConfig
+from megatron_nucleus.inference.pipeline import check_size
+from megatron_nucleus.inference.sampler import SamplerConfig, check_sampler
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.training.checkpointing import Checkpointer
-from megatron_nucleus.training.initialize import git_commit, versions
+from megatron_nucleus.training.initialize import Encoders, git_commit, versions
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -25,15 +25,26 @@ def sampling_settings(run: RunConfig) -> SamplerConfig:
     return dataclasses.replace(run.sampling, height=height, width=width)
 
 
-def checkpoint_extra(
-    run: RunConfig, shape: ModelShape, codec: LatentCodec, text_encoder: TextEncoder, corpus: Corpus
-) -> dict:
+def check_sampling(run: RunConfig, shape: ModelShape, encoders: Encoders) -> None:
+    """Refuse sampling settings that can draw nothing, before a checkpoint carries them.
+
+    Raises:
+        ConfigError: a value out of range, or a size that codec stride and patch do not divide.
+    """
+    config = sampling_settings(run)
+    check_sampler(config)
+    if encoders.stride_px is not None:
+        for name in ("height", "width"):
+            check_size(name, getattr(config, name), encoders.stride_px * shape.patch_size)
+
+
+def checkpoint_extra(run: RunConfig, shape: ModelShape, encoders: Encoders, corpus: Corpus) -> dict:
     """The entries of ``state.json`` that do not change while the run goes on."""
     return {
         "seed": run.training.seed,
         "model": dataclasses.asdict(shape),
-        "codec": codec.spec(),
-        "text_encoder": text_encoder.spec(),
+        "codec": encoders.codec_spec,
+        "text_encoder": encoders.text_spec,
         "sampling": dataclasses.asdict(sampling_settings(run)),
         "data": {"manifest_hash": corpus.manifest_hash},
         "git_commit": git_commit(),
@@ -56,5 +67,10 @@ def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corp
         raise ConfigError(
             f"--data-path {run.data.data_path}: manifest {corpus.manifest_hash[:12]} is not the one this run was "
             f"trained on ({before[:12]}), so its sample order would change; use that data or a new --run-dir"
+        )
+    if state.step > run.training.train_steps:
+        raise ConfigError(
+            f"--train-steps {run.training.train_steps}: the run in {run.training.run_dir} is already at step "
+            f"{state.step}; give at least {state.step}, or another --run-dir"
         )
     log.info("resumed at step %d (%d samples seen)", state.step, state.samples_seen)

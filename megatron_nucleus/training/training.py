@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from typing import NamedTuple
@@ -24,11 +25,23 @@ from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.training.checkpointing import Checkpointer
 from megatron_nucleus.training.faults import SkipCounter, StopRequest
-from megatron_nucleus.training.initialize import build_encoders, build_model, initialize
+from megatron_nucleus.training.initialize import (
+    Encoders,
+    build_encoders,
+    build_model,
+    initialize,
+    open_run_folder,
+    save_config,
+)
 from megatron_nucleus.training.losses import flow_loss, router_z_loss
-from megatron_nucleus.training.metrics import MetricsWriter
-from megatron_nucleus.training.previews import draw_previews
-from megatron_nucleus.training.run_state import checkpoint_extra, restore, sampling_settings
+from megatron_nucleus.training.metrics import MetricsWriter, last_loss
+from megatron_nucleus.training.previews import check_previews, draw_previews
+from megatron_nucleus.training.run_state import (
+    check_sampling,
+    checkpoint_extra,
+    restore,
+    sampling_settings,
+)
 from megatron_nucleus.types import Batch, TrainState
 from megatron_nucleus.utils.errors import StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes
@@ -45,7 +58,7 @@ class StepLosses(NamedTuple):
 
 
 class TrainResult(NamedTuple):
-    """What a finished run reports. loss: of the last step taken, None when there was none left to take."""
+    """What a finished run reports. loss: of the last step, None where it was not finite (or is not on record)."""
 
     state: TrainState
     loss: float | None
@@ -54,24 +67,42 @@ class TrainResult(NamedTuple):
 def train(run: RunConfig) -> TrainResult:
     """Train until ``training.train_steps``; resumes from the newest checkpoint of the run folder.
 
+    A run that is finished already is left as it is and reports its last loss again.
+
     Raises:
         ConfigError, DataError: settings or data that cannot be used, before the first step.
         StoppedError: a signal, the time limit or repeated non-finite gradients; a checkpoint was written in the
             first two cases.
     """
     device = initialize(run)
-    corpus = open_corpus(run.data.data_path)
-    codec, text_encoder = build_encoders(run, corpus.encoded, device)
-    model = build_model(run, device, text_encoder.dim)
-    state = TrainState(model, build_optimizer(model, run.optimizer))
-    saver = Checkpointer(run.training.run_dir / "checkpoints", keep_last=run.training.keep_last_checkpoints)
-    restore(state, saver, run, corpus)
-    extractor = FeatureExtractor(codec, text_encoder, model.shape.patch_size, device)
-    pipeline = Pipeline(model, codec, text_encoder, sampling_settings(run))
-    extra = checkpoint_extra(run, model.shape, codec, text_encoder, corpus)
-    with MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard) as writer:
-        loop = Loop(run, state, saver, extractor, pipeline, writer, extra, device)
-        return TrainResult(state, loop.run_to_end(corpus))
+    with open_run_folder(run):
+        corpus = open_corpus(run.data.data_path)
+        encoders = build_encoders(run, corpus, device)
+        model = build_model(run, device, encoders)
+        pipeline = build_previews(run, model, encoders)
+        state = TrainState(model, build_optimizer(model, run.optimizer))
+        saver = Checkpointer(
+            run.training.run_dir / "checkpoints", keep_last=run.training.keep_last_checkpoints
+        )
+        restore(state, saver, run, corpus)
+        save_config(run)
+        if state.step == run.training.train_steps:
+            return TrainResult(state, last_loss(run.training.run_dir, state.step))
+        extractor = FeatureExtractor(encoders.codec, encoders.text_encoder, model.shape.patch_size, device)
+        extra = checkpoint_extra(run, model.shape, encoders, corpus)
+        with MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard) as writer:
+            loop = Loop(run, state, saver, extractor, pipeline, writer, extra, device)
+            return TrainResult(state, loop.run_to_end(corpus))
+
+
+def build_previews(run: RunConfig, model: NucleusTransformer, encoders: Encoders) -> Pipeline | None:
+    """What draws the preview pictures, None for a run without; settings and prompts are checked here."""
+    check_sampling(run, model.shape, encoders)
+    if not run.training.sample_interval:
+        return None
+    pipeline = Pipeline(model, encoders.codec, encoders.text_encoder, sampling_settings(run))
+    check_previews(pipeline, run.training.sample_prompts)
+    return pipeline
 
 
 class Loop:
@@ -87,9 +118,8 @@ class Loop:
         self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else table_peak
 
     def run_to_end(self, corpus: Corpus) -> float | None:
-        """All remaining steps; returns the last loss."""
+        """All remaining steps, of which there is one at least; returns the last loss, None if it is not finite."""
         state, t = self.state, self.run.training
-        losses, saved_step = None, state.step
         bar = tqdm(
             total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
@@ -103,20 +133,20 @@ class Loop:
                 bar.update()
                 if due(state.step, t.log_interval) or state.step == t.train_steps:
                     self.log(losses, report, batch, lr, timer, loader, bar)
-                if due(state.step, t.sample_interval):
-                    self.preview()
                 reason = stop.due()
                 if due(state.step, t.save_interval) or reason or state.step == t.train_steps:
                     self.saver.save(state, self.extra)
-                    saved_step = state.step
                 if reason and state.step < t.train_steps:
-                    raise StoppedError(f"{reason}: saved step {saved_step}; the same command resumes it")
+                    raise StoppedError(f"{reason}: saved step {state.step}; the same command resumes it")
+                if due(state.step, t.sample_interval):
+                    self.preview()
                 timer.exclude_pause()
-        return None if losses is None else float(losses.loss)
+        loss = float(losses.loss)
+        return loss if math.isfinite(loss) else None
 
     def open_loader(self, corpus: Corpus) -> Loader:
         """Micro-batches from the first sample that has not been seen."""
-        t = self.run.training
+        t, codec = self.run.training, self.extractor.codec
         return build_loader(
             self.run.data,
             corpus,
@@ -124,7 +154,7 @@ class Loop:
             global_batch_size=t.global_batch_size,
             micro_batch_size=self.run.micro_batch_size,
             start_samples=self.state.samples_seen,
-            multiple_px=self.pipeline.size_unit_px,
+            multiple_px=codec.stride_px * self.extractor.patch_size if codec else 1,  # 1: stored at its size
         )
 
     def train_step(self, loader: Loader, lr: float) -> tuple[StepLosses, ClipReport, Batch, int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-from megatron_nucleus.utils.errors import UserError
+from megatron_nucleus.utils.errors import StoppedError, UserError
 
 
 def add_json_flag(parser: Any) -> None:
@@ -41,13 +43,41 @@ def progress_bar(title: str, unit: str = "B") -> Iterator[Callable[[int, int], N
         yield show
 
 
-def run(main: Callable[[], None]) -> None:
+class Interrupted(KeyboardInterrupt):
+    """A stop signal on its way up: no `Exception`, so that nothing takes it for a damaged file and goes on."""
+
+
+@contextlib.contextmanager
+def stoppable(advice: str) -> Iterator[None]:
+    """Turn SIGINT (Ctrl-C) and SIGTERM inside the block into ``StoppedError("stopped by SIGTERM; <advice>")``.
+
+    A block inside may take these signals for itself, as a training run does while it can save.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Interrupted(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise StoppedError(f"stopped by {str(stop) or 'SIGINT'}; {advice}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(main: Callable[[], None], when_stopped: str = "the same command starts again") -> None:
     """Call ``main``; turn a UserError into one line on stderr and its exit code (2, 3 or 4).
 
     Any other exception is a bug and keeps its traceback.
+
+    Args:
+        when_stopped: what to do after a stop signal, as the end of a message.
     """
     try:
-        main()
+        with stoppable(when_stopped):
+            main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

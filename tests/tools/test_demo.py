@@ -9,7 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from megatron_nucleus.utils.errors import StoppedError
 from tests.support import tool
+from tools.demo import Runner, Stage
 
 STAGES = ["draw the corpus", "curate", "train", "merge", "convert", "sample", "score: merged", "score: last",
           "score: untrained", "score: truth"]  # fmt: skip
@@ -80,6 +82,46 @@ def test_own_photographs_end_to_end(tiny_config, tmp_path):
     assert result["scores"] == {}
     assert (tmp_path / "demo" / "prompts.txt").read_text().count("a photograph called") == found
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+
+
+def test_a_changed_stage_runs_again_with_all_after_it_and_interrupted_time_counts(tmp_path, capsys):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, pathlib, sys, time\n"
+        "log = pathlib.Path(sys.argv[1]); log.write_text((log.read_text() if log.exists() else '') + sys.argv[2])\n"
+        "time.sleep(0.2)\n"
+        "sys.exit(4) if pathlib.Path(sys.argv[1] + '.fail').exists() else print(json.dumps({'ran': sys.argv[2]}))\n"
+    )
+    config, log = tmp_path / "config", tmp_path / "log"
+    config.write_text("1")
+    fresh = tmp_path / "fresh"
+
+    def run_all() -> Runner:
+        runner = Runner(tmp_path, total=3)
+        for name in "abc":
+            stage = Stage(
+                name, (str(program), str(log), name), reads=config if name == "b" else None,
+                fresh=fresh if name == "c" else None,
+            )  # fmt: skip
+            assert runner.run(stage) == {"ran": name}
+        return runner
+
+    run_all()
+    run_all()
+    assert log.read_text() == "abc"
+    config.write_text("2")
+    fresh.mkdir()
+    run_all()
+    assert log.read_text() == "abcbc"
+    assert not fresh.exists()
+    config.write_text("3")
+    fail = tmp_path / "log.fail"
+    fail.touch()
+    with pytest.raises(StoppedError, match="stage 'b' ended with code 4"):
+        run_all()
+    fail.unlink()
+    assert run_all().seconds()["b"] > 0.4
+    assert log.read_text() == "abcbcbbc"
 
 
 def test_missing_folder_is_named():

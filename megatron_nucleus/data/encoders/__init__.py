@@ -25,6 +25,8 @@ CODECS = {c.name: c for c in (DctCodec, QwenImageVae)}
 TEXT_ENCODERS = {c.name: c for c in (NgramTextEncoder, Qwen3VLTextEncoder)}
 NGRAM_MAX_TOKENS = 128
 QWEN_MAX_TOKENS = 1024  # the published pipeline's default_max_sequence_length
+# Entries of a spec that say where an encoder lies and how it is run, not which one it is.
+RUNTIME_KEYS = ("path", "tiling", "dtype")
 
 
 class LatentCodec(Protocol):
@@ -138,6 +140,17 @@ def build_codec(spec: dict, device: str | torch.device = "cpu") -> LatentCodec:
 def build_text_encoder(spec: dict, device: str | torch.device = "cpu") -> TextEncoder:
     """Build a text encoder from its spec; errors as in `build_codec`."""
     return _build(spec, "text_encoder", TEXT_ENCODERS, device)
+
+
+def same_encoder(a: dict | None, b: dict | None) -> bool:
+    """Whether two specs name the same encoder, wherever it lies and however it is run (`RUNTIME_KEYS`).
+
+    Where only one of them has an entry, the other leaves it open (a configured path says nothing of the width).
+    """
+    if a is None or b is None:
+        return a is b
+    keys = (a.keys() & b.keys()).difference(RUNTIME_KEYS)
+    return "name" in keys and all(a[key] == b[key] for key in keys)
 
 
 def _build(spec: dict, option: str, classes: dict[str, type], device: str | torch.device) -> Any:
