@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """One caption of an image with its provenance (DATA index schema, ``captions``)."""
+    """One caption of an image with its provenance (column ``captions`` of `data/index.py`)."""
 
     text: str
     length_class: str = "medium"  # short | medium | detailed

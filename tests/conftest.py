@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, deterministic threads, the slow set last."""
+"""Shared by all tests: no network, and GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 

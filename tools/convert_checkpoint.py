@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_nucleus.export.convert import DTYPES, convert
+from megatron_nucleus.export.convert import convert
 from megatron_nucleus.export.safetensors_stream import parse_size
 from megatron_nucleus.utils.cli import add_json_flag, print_json, progress_bar, run
 from megatron_nucleus.utils.config import Parser
+from megatron_nucleus.utils.devices import DTYPES
 
 
 def main(argv: Sequence[str] | None = None) -> None:

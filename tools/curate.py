@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _summary(result: dict) -> None:
     if result["already_complete"]:
-        print(f"{result['output']} is already complete: same input, same settings")
+        print(f"{result['output']} is already complete: same settings, same names and sizes of files")
     print(f"seen {result['seen']}, kept {result['kept']}")
     for verdict in ("rejected", "quarantined"):
         for reason, number in result[verdict].items():

@@ -87,12 +87,13 @@ class Runner:
             return before["result"]
         self._forget_from(stage)
         start = time.monotonic()
-        with ctrl_c_left_to_the_stage():
-            process = subprocess.run(
-                [sys.executable, *key["command"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
-            )
+        process = subprocess.Popen(
+            [sys.executable, *key["command"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        with signals_left_to(process):
+            output, _ = process.communicate()
         seconds = time.monotonic() - start + self.unfinished_s.pop(stage.name, 0.0)
-        lines = process.stdout.strip().splitlines()
+        lines = output.strip().splitlines()
         if process.returncode:
             self.unfinished_s[stage.name] = seconds
             self._remember()
@@ -130,13 +131,18 @@ class Runner:
 
 
 @contextlib.contextmanager
-def ctrl_c_left_to_the_stage() -> Iterator[None]:
-    """Ctrl-C reaches the running stage, which saves and ends; without this the demo would kill it while it saves."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+def signals_left_to(process: subprocess.Popen) -> Iterator[None]:
+    """The running stage saves and ends on Ctrl-C, which reaches it by itself, and on SIGTERM, which is passed on.
+
+    Without this the demo would die first, and kill the stage while it saves.
+    """
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def prepare_stages(out: Path, data: str | None, count: int) -> list[Stage]:

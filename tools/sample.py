@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from megatron_nucleus.inference.outputs import check_folder, read_prompts, write_samples
 from megatron_nucleus.inference.pipeline import load_pipeline
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from megatron_nucleus.utils.devices import DTYPES
 
 
 def build_parser() -> Parser:

@@ -1,7 +1,7 @@
 """Aspect buckets: a few image shapes, so that every step of training has one static shape.
 
 A bucket is named after its size in the 1024 px class (``1344x768``, width x height) and keeps that name at
-every resolution. The seven shapes are the published ones (FACTS 2).
+every resolution. The seven shapes are those of Nucleus-Image (its team's release blog).
 """
 
 from __future__ import annotations

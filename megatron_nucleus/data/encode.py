@@ -1,15 +1,16 @@
 """Encode a data set once: a curated folder in, a folder of latents and text features out, ready for the loader.
 
-Works shard by shard. A finished shard leaves a record in ``.progress``, so the same command goes on after the
-last one when it was stopped; the same input and settings give the same bytes.
+Works shard by shard. A finished shard leaves a record in ``.progress`` with a hash of all settings, so the same
+command goes on after the last one when it was stopped, and another command makes them all again. The same input
+and settings give the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,23 +23,16 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_nucleus.data import buckets, images, index
 from megatron_nucleus.data.dataset import EMPTY_TEXT_FILE, Corpus, open_corpus, pack_empty_text, pack_features
 from megatron_nucleus.data.encoders import LatentCodec, TextEncoder
+from megatron_nucleus.data.loader import start_worker
 from megatron_nucleus.data.manifest import claim_output, write_manifest
-from megatron_nucleus.data.shards import (
-    BLOCK_BYTES,
-    MAX_SHARD_BYTES,
-    ShardFile,
-    ShardInfo,
-    ShardReader,
-    encode_json,
-    sample_bytes,
-    shard_name,
-)
+from megatron_nucleus.data.shards import MAX_SHARD_BYTES, ShardInfo, ShardReader, ShardWriter, encode_json
 from megatron_nucleus.utils.config import knob
+from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import write_atomic, write_json_atomic
+from megatron_nucleus.utils.files import exclusive, write_atomic, write_json_atomic
+from megatron_nucleus.utils.staging import explain_writing
 
 PROGRESS = ".progress"
-_TEXT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +41,7 @@ class EncodeConfig:
 
     encode_batch_size: int = knob(64, "images, and captions, given to the encoders at once", unit="images")
     stored_text_dtype: str = knob(
-        "bfloat16", "precision of stored text features; latents are float32", choices=tuple(_TEXT_DTYPES)
+        "bfloat16", "precision of stored text features; latents are float32", choices=("float32", "bfloat16")
     )
     max_shard_bytes: int = knob(MAX_SHARD_BYTES, "a shard is closed before it passes this", unit="bytes")
 
@@ -84,8 +78,8 @@ def encode_corpus(
         ``seen, kept, quarantined {reason: n}, captions, captions_truncated, shards, bytes`` of the whole folder.
 
     Raises:
-        ConfigError: the source is encoded already, a size does not fit, or the output is in use.
-        DataError: a file of the source is damaged; names it.
+        ConfigError: the source is encoded already, a size does not fit, or the output is in use or cannot be written.
+        DataError: a file of the source is damaged, names it; or the disk is full.
     """
     corpus, output = open_corpus(source), Path(output)
     if corpus.encoded is not None:
@@ -102,13 +96,16 @@ def encode_corpus(
     }
     settings = {"source": corpus.manifest_hash, **encoded, **dataclasses.asdict(config)}
     if claim_output(output, "encode", settings) != "complete":
-        (output / PROGRESS).mkdir(exist_ok=True)
-        for half_written in output.glob("shards/.*.tmp*"):  # of a killed process
-            half_written.unlink()
         maker = _FeatureMaker(codec, text_encoder, config)
-        write_atomic(output / EMPTY_TEXT_FILE, pack_empty_text(maker.texts([""])[0]))
-        _encode_shards(corpus, output, maker, sizes, num_workers, _adder(progress, len(corpus)))
-        _finish(corpus, output, settings, encoded)
+        keeps = "finished shards are kept, and the same command goes on after them"
+        with explain_writing(output, keeps), exclusive(output, "--output"):
+            (output / PROGRESS).mkdir(exist_ok=True)
+            made_with = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+            _forget_other_work(output, made_with)
+            write_atomic(output / EMPTY_TEXT_FILE, pack_empty_text(maker.texts([""])[0]))
+            advance = _adder(progress, len(corpus))
+            _encode_shards(corpus, output, maker, sizes, num_workers, advance, made_with)
+            _finish(corpus, output, settings, encoded)
     shutil.rmtree(output / PROGRESS, ignore_errors=True)
     manifest = json.loads((output / "manifest.json").read_text())
     size = sum(shard["bytes"] for shard in manifest["shards"])
@@ -122,6 +119,7 @@ def _encode_shards(
     sizes: dict[str, tuple[int, int]],
     num_workers: int,
     advance: Callable[[int], None],
+    made_with: str,
 ) -> None:
     """Make every shard that has no record yet, in the order of their names."""
     parts_of = _parts_by_tar(corpus)
@@ -135,21 +133,21 @@ def _encode_shards(
             bucket = rows[0]["aspect_bucket"]
             if any(row["aspect_bucket"] != bucket for row in rows):
                 raise DataError(f"{corpus.root / tar}: holds several aspect buckets; curate the images again")
-            writer = _Output(output, bucket, numbers[bucket], maker.config.max_shard_bytes)
+            writer = _Output(ShardWriter(output, bucket, maker.config.max_shard_bytes, first=numbers[bucket]))
             batches = DataLoader(
                 _SampleReader(corpus.root, rows, *sizes[bucket]),
                 batch_size=maker.config.encode_batch_size,
                 num_workers=num_workers,
                 collate_fn=list,
-                worker_init_fn=_start_worker,
+                worker_init_fn=start_worker,
                 generator=torch.Generator(),  # else the global generator is drawn from
             )
             try:
                 record = _encode_shard(rows, batches, writer, maker, advance)
             except BaseException:
-                writer.abort()
+                writer.shards.abort()
                 raise
-            _write_record(output, tar, record, writer)
+            _write_record(output, tar, {"made_with": made_with, **record}, writer)
         for shard in record["shards"]:
             numbers[shard["bucket"]] += 1
 
@@ -179,7 +177,7 @@ def _encode_shard(
         "seen": seen,
         "captions": captions,
         "captions_truncated": maker.text_encoder.truncated - truncated_before,
-        "shards": [info._asdict() for info in writer.close()],
+        "shards": [info._asdict() for info in writer.shards.close()],
     }
 
 
@@ -255,7 +253,7 @@ class _FeatureMaker:
 
     def __init__(self, codec: LatentCodec, text_encoder: TextEncoder, config: EncodeConfig):
         self.codec, self.text_encoder, self.config = codec, text_encoder, config
-        self._dtype = _TEXT_DTYPES[config.stored_text_dtype]
+        self._dtype = DTYPES[config.stored_text_dtype]
 
     def samples(self, samples: list[_Sample]) -> list[bytes]:
         """The ``.safetensors`` payload of each sample."""
@@ -282,24 +280,15 @@ class _FeatureMaker:
 
 
 class _Output:
-    """Shards of one bucket from number ``first`` on, and the index rows of what they hold."""
+    """Shards of one bucket, and the index rows of what they hold."""
 
-    def __init__(self, root: Path, bucket: str, first: int, max_bytes: int):
-        self._root, self._bucket, self._first, self._max_bytes = root, bucket, first, max_bytes
-        self._finished: list[ShardInfo] = []
-        self._current: ShardFile | None = None
+    def __init__(self, shards: ShardWriter):
+        self.shards = shards
         self.rows: list[dict] = []
         self.lost: list[dict] = []
 
     def add(self, row: dict, members: dict[str, bytes]) -> None:
-        size = sample_bytes([len(payload) for payload in members.values()])
-        if self._current is not None and self._current.bytes + size + 2 * BLOCK_BYTES > self._max_bytes:
-            self._finished.append(self._current.close())
-            self._current = None
-        if self._current is None:
-            name = shard_name(self._bucket, self._first + len(self._finished))
-            self._current = ShardFile(self._root, name, self._bucket)
-        place = self._current.add(row["id"], members)
+        place = self.shards.add(row["id"], members)
         self.rows.append({**row, "tar": place.tar, "offset": place.offset, "length": place.length})
 
     def quarantine(self, row: dict, sample: _Sample) -> None:
@@ -318,16 +307,6 @@ class _Output:
                 "sha256": row["id"],
             }
         )
-
-    def close(self) -> list[ShardInfo]:
-        if self._current is not None:
-            self._finished.append(self._current.close())
-            self._current = None
-        return self._finished
-
-    def abort(self) -> None:
-        if self._current is not None:
-            self._current.abort()
 
 
 def _parts_by_tar(corpus: Corpus) -> dict[str, list[Path]]:
@@ -354,6 +333,20 @@ def _rows_of(parts: list[Path], tar: str) -> list[dict]:
 
 def _record_stem(output: Path, tar: str) -> Path:
     return output / PROGRESS / Path(tar).stem
+
+
+def _forget_other_work(output: Path, made_with: str) -> None:
+    """Remove records of other settings, and shards that no record names: of those settings, or half written."""
+    ours = set()
+    for path in (output / PROGRESS).glob("*.json"):
+        record = json.loads(path.read_text())
+        if record.get("made_with") == made_with:
+            ours.update(shard["tar"] for shard in record["shards"])
+        else:
+            path.unlink()
+    for path in (output / "shards").glob("*"):
+        if f"shards/{path.name}" not in ours:
+            path.unlink()
 
 
 def _write_record(output: Path, tar: str, record: dict, writer: _Output) -> None:
@@ -392,9 +385,3 @@ def _adder(progress: Callable[[int, int], None] | None, total: int) -> Callable[
             progress(done, total)
 
     return advance
-
-
-def _start_worker(_: int) -> None:
-    """Stopping is the main process's decision: Ctrl-C also reaches the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

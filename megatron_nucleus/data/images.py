@@ -27,7 +27,7 @@ from PIL import Image, ImageCms, ImageFile, features
 
 from megatron_nucleus.utils.errors import ConfigError
 
-MAX_PIXELS = 8096 * 8096  # the published side limit (FACTS: 256 <= W, H <= 8096), squared
+MAX_PIXELS = 8096 * 8096  # the side limit of Nucleus-Image, squared (its team's data-engineering blog)
 PILLOW_MAX_PIXELS = 2 * 89_478_485  # above this Pillow itself refuses to open a file
 EXTENSIONS = {
     "JPEG": "jpg",

@@ -6,7 +6,6 @@ The quarantine beside it lists all that was seen and not kept, with a reason and
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import DataError
-from megatron_nucleus.utils.files import sha256_file
+from megatron_nucleus.utils.files import open_atomic, sha256_file
 
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 50_000
@@ -166,14 +165,10 @@ class ParquetParts:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Write one Parquet file atomically (zstd, row groups of 25,000)."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
+    with open_atomic(path) as file:
         pq.write_table(
-            table, temporary, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True
+            table, file, compression="zstd", row_group_size=ROWS_PER_GROUP, write_page_checksum=True
         )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def open_parquet(path: str | Path, schema: pa.Schema) -> pq.ParquetFile:

@@ -28,7 +28,7 @@ from megatron_nucleus.utils.errors import ConfigError, DataError
 
 LENGTH_CLASSES = ("short", "medium", "detailed")
 _SUBSTITUTE_ATTEMPTS = 16
-_GRACE_S = 120  # a worker told to end lives on this long, so that the run can finish its step and save
+_GRACE_S = 120  # a worker told to end lives on this long, so that the program can finish its step and save
 Made = tuple[RawBatch, list[str]] | DataError
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=config.prefetch_batches if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             collate_fn=_identity,
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
@@ -186,11 +186,15 @@ def _jobs(
     batch = planner.global_batch_size
     share = batch // world
     first_step = -(-start_samples // batch)
+    passes: dict[str, int] = {}
     for step in itertools.count(first_step):
         plan = planner.plan(step)
         base = start_samples + (step - first_step) * batch
-        if plan.wrapped:
-            log.info("step %d: bucket %s begins pass %d", step, plan.bucket, plan.epoch + 1)
+        if plan.epoch + 1 >= 2 * passes.get(
+            plan.bucket, 1
+        ):  # pass 2, 4, 8, ...: a small set must not fill the log
+            passes[plan.bucket] = plan.epoch + 1
+            log.info("step %d: bucket %s is in pass %d over its images", step, plan.bucket, plan.epoch + 1)
         start = corpus.start[plan.bucket]
         for low in range(rank * share, (rank + 1) * share, micro_batch_size):
             rows = (plan.rows[low : low + micro_batch_size] + start).tolist()
@@ -319,8 +323,8 @@ class _Batches:
             shutdown()
 
 
-def _start_worker(_: int) -> None:
-    """The training process decides when to stop: a signal to the group must not kill its loader first."""
+def start_worker(_: int) -> None:
+    """The main process decides when to stop: a signal to the group must not kill its loader first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

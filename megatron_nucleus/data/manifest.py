@@ -18,6 +18,7 @@ from megatron_nucleus.data import index
 from megatron_nucleus.data.shards import MAX_SHARD_BYTES, Location, ShardInfo, ShardWriter
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_atomic, write_json_atomic
+from megatron_nucleus.utils.staging import check_writable, explain_writing
 
 FORMAT = "megatron-nucleus-dataset"
 FORMAT_VERSION = 1
@@ -32,11 +33,14 @@ def claim_output(folder: str | Path, tool: str, settings: dict) -> str:
     or one that holds anything else, is refused. Of an unfinished folder the caller reuses what still fits.
 
     Raises:
-        ConfigError: the folder is in use for something else, with what differs.
+        ConfigError: the folder is in use for something else, with what differs, or cannot be written.
+        DataError: the disk is full.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder}: is a file; give a folder")
+    with explain_writing(folder, "nothing in it was changed"):
+        return _claim(Path(folder), tool, settings)
+
+
+def _claim(folder: Path, tool: str, settings: dict) -> str:
     wanted = json.loads(json.dumps({"tool": tool, **settings}))
     if (folder / MANIFEST).is_file():
         found = _read_json(folder / MANIFEST).get("settings")
@@ -46,6 +50,7 @@ def claim_output(folder: str | Path, tool: str, settings: dict) -> str:
             f"--output {folder}: holds a finished data set made differently ({_difference(found, wanted)}); "
             "choose another folder or remove this one"
         )
+    check_writable(folder)
     if (folder / MARKER).is_file():
         found = _read_json(folder / MARKER)
         if found.get("tool") != tool:

@@ -128,11 +128,12 @@ class ShardFile:
 class ShardWriter:
     """Writes one bucket's samples to ``<root>/shards/<bucket>-NNNNN.tar``, a new file per ``max_bytes``.
 
-    A sample is never split: a shard is closed before the sample that would pass ``max_bytes``.
+    A sample is never split: a shard is closed before the sample that would pass ``max_bytes``. ``first`` is the
+    number of the first shard.
     """
 
-    def __init__(self, root: str | Path, bucket: str, max_bytes: int = MAX_SHARD_BYTES):
-        self.root, self.bucket, self.max_bytes = Path(root), bucket, max_bytes
+    def __init__(self, root: str | Path, bucket: str, max_bytes: int = MAX_SHARD_BYTES, first: int = 0):
+        self.root, self.bucket, self.max_bytes, self.first = Path(root), bucket, max_bytes, first
         self.finished: list[ShardInfo] = []
         self._current: ShardFile | None = None
 
@@ -143,7 +144,8 @@ class ShardWriter:
             self.finished.append(self._current.close())
             self._current = None
         if self._current is None:
-            self._current = ShardFile(self.root, shard_name(self.bucket, len(self.finished)), self.bucket)
+            name = shard_name(self.bucket, self.first + len(self.finished))
+            self._current = ShardFile(self.root, name, self.bucket)
         return self._current.add(key, members)
 
     def close(self) -> list[ShardInfo]:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from megatron_nucleus.export.staging import explain_write_error
 from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import write_atomic, write_json_atomic
+from megatron_nucleus.utils.files import open_atomic, write_atomic, write_json_atomic
+from megatron_nucleus.utils.staging import check_writable, explain_write_error
 
 SETTINGS_NAME = "settings.json"
 _PROBE_BYTES = 1 << 16
@@ -63,8 +62,7 @@ class SampleStore:
 
     def _open(self, settings: dict) -> None:
         file = self.folder / SETTINGS_NAME
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"--output {self.folder}: is a file; name a folder")
+        check_writable(self.folder)
         if file.is_file():
             self._compare(file, settings)
         elif self.folder.is_dir() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
@@ -108,10 +106,9 @@ class SampleStore:
     def add(self, request: Request, picture: Image.Image) -> None:
         """Save one picture: whole under its final name, or not at all."""
         path = self.path(request)
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            picture.save(temporary, "PNG", compress_level=1)
-            os.replace(temporary, path)
+            with open_atomic(path) as file:
+                picture.save(file, "PNG", compress_level=1)
         except OSError as error:
             raise explain_write_error(error, path, "the pictures made so far are kept") from error
 

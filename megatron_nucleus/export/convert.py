@@ -20,13 +20,13 @@ from megatron_nucleus.export.source import (
     open_checkpoint,
     swapped_ranges,
 )
-from megatron_nucleus.export.staging import check_free, staged_folder
 from megatron_nucleus.export.tensor_store import TensorInfo, row_ranges
+from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_json_atomic
 from megatron_nucleus.utils.memory import peak_memory_bytes
+from megatron_nucleus.utils.staging import check_free, staged_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_SHARD_BYTES = 5 * 10**9  # as diffusers and transformers cut their files
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)

@@ -25,10 +25,10 @@ from megatron_nucleus.export.convert import (
 )
 from megatron_nucleus.export.safetensors_stream import SafetensorsStream
 from megatron_nucleus.export.source import CheckpointDescription, Weights, open_checkpoint
-from megatron_nucleus.export.staging import check_free, staged_folder
 from megatron_nucleus.export.tensor_store import row_ranges
 from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
 from megatron_nucleus.utils.memory import peak_memory_bytes
+from megatron_nucleus.utils.staging import check_free, staged_folder
 
 SCHEMES = ("inverse_sqrt", "uniform", "ema")
 DEFAULT_EMA_DECAY = 0.9

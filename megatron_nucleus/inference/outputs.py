@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
-import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,8 @@ from megatron_nucleus.inference.grid import CELL_PX, contact_sheet, fit
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import write_atomic
+from megatron_nucleus.utils.files import open_atomic, write_atomic
+from megatron_nucleus.utils.staging import check_writable, explain_writing
 
 GRID_IMAGES = 64  # pictures on the contact sheet; a person looks at no more
 _OURS = re.compile(r"\d{5,}\.png|samples\.jsonl|grid\.png")
@@ -77,15 +78,12 @@ def check_folder(folder: str | Path, overwrite: bool) -> list[Path]:
     Raises:
         ConfigError: there are such files and ``overwrite`` is false, or nothing can be written there.
     """
-    folder = Path(folder).absolute()
-    nearest = next(p for p in (folder, *folder.parents) if p.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"--output {folder}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output {folder}: {nearest} cannot be written; name another folder")
-    if nearest != folder:
-        return []
-    earlier = sorted(p for p in folder.iterdir() if _OURS.fullmatch(p.name))
+    folder = Path(folder)
+    check_writable(folder)
+    with explain_writing(folder, "nothing was changed"):
+        if not folder.is_dir():
+            return []
+        earlier = sorted(p for p in folder.iterdir() if _OURS.fullmatch(p.name))
     if earlier and not overwrite:
         raise ConfigError(
             f"--output {folder}: holds {len(earlier)} files of an earlier job ({earlier[0].name}, ...); choose "
@@ -121,6 +119,7 @@ def write_samples(
 
     Raises:
         ConfigError: a bad value, pictures that are already there, or a folder that cannot be written.
+        DataError: the disk is full.
     """
     folder = Path(folder)
     if samples_per_prompt < 1:
@@ -133,34 +132,38 @@ def write_samples(
     )  # fmt: skip
     start = time.perf_counter()
     first = next(pictures)  # a prompt that is too long shows here, while the earlier pictures still exist
-    for path in check_folder(folder, overwrite):
-        path.unlink()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {folder}: cannot be created ({error.strerror})") from error
     settings = {"negative_prompt": negative_prompt, "height": config.height, "width": config.width,
                 "steps": config.steps, "guidance": config.guidance, "shift": config.shift}  # fmt: skip
-    shown: list[Image.Image] = []
-    with open(folder / "samples.jsonl", "w", encoding="utf-8") as listing:
-        for i, picture in enumerate(itertools.chain([first], pictures)):
-            name = f"{i:05d}.png"
-            write_atomic(folder / name, _png(picture, each[i], seeds[i]))
-            row = {"file": name, "prompt": each[i], "seed": seeds[i], **settings}
-            listing.write(json.dumps(row, ensure_ascii=False) + "\n")
-            listing.flush()
-            if len(shown) < GRID_IMAGES:
-                shown.append(fit(picture, CELL_PX))
-    seconds = time.perf_counter() - start
-    grid = folder / "grid.png"
-    contact_sheet(shown, each[: len(shown)]).save(grid)
+    rows = [{"prompt": prompt, "seed": n, **settings} for prompt, n in zip(each, seeds, strict=True)]
+    with contextlib.closing(pictures), explain_writing(folder, "the pictures written so far stay there"):
+        for path in check_folder(folder, overwrite):
+            path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = _write_pictures(itertools.chain([first], pictures), rows, folder)
+        seconds = time.perf_counter() - start
+        with open_atomic(folder / "grid.png") as file:
+            contact_sheet(shown, each[: len(shown)]).save(file, "PNG")
     return {
         "output": str(folder),
         "images": len(each),
         "seconds": seconds,
         "images_per_s": len(each) / seconds,
-        "grid": str(grid),
+        "grid": str(folder / "grid.png"),
     }
+
+
+def _write_pictures(pictures: Iterable[Image.Image], rows: list[dict], folder: Path) -> list[Image.Image]:
+    """Write pictures and their list as they come; returns the first ones, small, for the contact sheet."""
+    shown: list[Image.Image] = []
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as listing:
+        for i, (picture, row) in enumerate(zip(pictures, rows, strict=True)):
+            name = f"{i:05d}.png"
+            write_atomic(folder / name, _png(picture, row["prompt"], row["seed"]))
+            listing.write(json.dumps({"file": name, **row}, ensure_ascii=False) + "\n")
+            listing.flush()
+            if len(shown) < GRID_IMAGES:
+                shown.append(fit(picture, CELL_PX))
+    return shown
 
 
 def _png(picture: Image.Image, prompt: str, seed: int) -> bytes:

@@ -20,11 +20,11 @@ from torch.distributed import checkpoint as dcp
 
 from megatron_nucleus.export import native
 from megatron_nucleus.export.safetensors_stream import assign_shards
-from megatron_nucleus.export.staging import explain_write_error, find_os_error, fsync_folder
 from megatron_nucleus.export.tensor_store import TensorInfo
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_json_atomic
+from megatron_nucleus.utils.staging import explain_write_error, find_os_error, fsync_folder
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from megatron_nucleus.evaluation.allocation import allocation_example
+from megatron_nucleus.evaluation.report_figures import allocation_figure
 from megatron_nucleus.inference.grid import contact_sheet
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.inference.text import encode_each
@@ -25,15 +30,31 @@ def check_previews(pipeline: Pipeline, prompts: tuple[str, ...]) -> None:
 
 
 def draw_previews(pipeline: Pipeline, prompts: tuple[str, ...], folder: Path, step: int) -> Image.Image:
-    """Write ``step_00000100.png``, a contact sheet of one picture per prompt (seed i for prompt i); returns it."""
-    was_training = pipeline.model.training
-    pipeline.model.eval()
-    try:
-        with torch.no_grad():
-            images = pipeline.generate(list(prompts), seeds=list(range(len(prompts))), progress=False)
-    finally:
-        pipeline.model.train(was_training)
+    """Write ``step_00000100.png``, a contact sheet of one picture per prompt (seed i for prompt i)."""
+    with _evaluating(pipeline.model):
+        images = pipeline.generate(list(prompts), seeds=list(range(len(prompts))), progress=False)
     sheet = contact_sheet(images, list(prompts))
     folder.mkdir(parents=True, exist_ok=True)
     sheet.save(folder / f"step_{step:08d}.png")
     return sheet
+
+
+def draw_routing_map(pipeline: Pipeline, prompt: str) -> Image.Image | None:
+    """How many experts took each token of one picture, by layer and noise level; None without MoE layers."""
+    shape = pipeline.model.shape
+    if not any(shape.is_moe(layer) for layer in range(shape.num_layers)):
+        return None
+    with _evaluating(pipeline.model):
+        figure = allocation_figure(allocation_example(pipeline, prompt))
+    return Image.open(io.BytesIO(figure)).convert("RGB")
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

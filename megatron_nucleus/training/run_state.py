@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 def sampling_settings(run: RunConfig) -> SamplerConfig:
     """How this run's pictures are drawn: where the configuration is silent, at the training resolution."""
-    side = run.data.resolution_px
-    height, width = run.sampling.height or side, run.sampling.width or side
-    return dataclasses.replace(run.sampling, height=height, width=width)
+    sizes = {name: getattr(run.sampling, name) for name in ("height", "width")}
+    sizes = {name: run.data.resolution_px if size is None else size for name, size in sizes.items()}
+    return dataclasses.replace(run.sampling, **sizes)
 
 
 def check_sampling(run: RunConfig, shape: ModelShape, encoders: Encoders) -> None:

@@ -35,7 +35,7 @@ from megatron_nucleus.training.initialize import (
 )
 from megatron_nucleus.training.losses import flow_loss, router_z_loss
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
-from megatron_nucleus.training.previews import check_previews, draw_previews
+from megatron_nucleus.training.previews import check_previews, draw_previews, draw_routing_map
 from megatron_nucleus.training.run_state import (
     check_sampling,
     checkpoint_extra,
@@ -217,10 +217,13 @@ class Loop:
         bar.set_postfix_str(refresh=False, s=f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")
 
     def preview(self) -> None:
-        """Draw the preview prompts with the weights as they are."""
+        """Draw the preview prompts with the weights as they are, and where the experts look in the first picture."""
         t = self.run.training
         sheet = draw_previews(self.pipeline, t.sample_prompts, t.run_dir / "samples", self.state.step)
         self.writer.image("samples", sheet, self.state.step)
+        routing = draw_routing_map(self.pipeline, t.sample_prompts[0])
+        if routing is not None:
+            self.writer.image("routing", routing, self.state.step)
 
 
 def forward_backward(model: NucleusTransformer, batch: Batch, run: RunConfig, share: float) -> StepLosses:

@@ -1,10 +1,12 @@
-"""Which device a program runs on."""
+"""Which device a program runs on, and in which precision."""
 
 from __future__ import annotations
 
 import torch
 
 from megatron_nucleus.utils.errors import ConfigError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:

@@ -10,25 +10,35 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_nucleus.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write to a temporary name in the same folder, fsync, then rename: readers see the old or the new file."""
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a file to write, under a temporary name in the same folder; after the block fsync, then rename.
+
+    Readers see the old or the new file; after an error the old one is left.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    payload = data.encode() if isinstance(data, str) else data
     try:
         with open(temporary, "wb") as file:
-            file.write(payload)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """`open_atomic` for content that is in memory."""
+    with open_atomic(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json_atomic(path: str | Path, value: object) -> None:

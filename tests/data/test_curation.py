@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -425,6 +426,60 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(tmp_path, photos, mon
     monkeypatch.setattr(pipeline, "_pack", change)
     with pytest.raises(DataError, match=r"a\.png (changed|can no longer be read)"):
         curate(source, tmp_path / "out", CONFIG, ALONE)
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["new mtime", "same mtime"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_an_input_of_the_same_size_changed_running_again_works(
+    tmp_path, photos, monkeypatch, keep_time, workers
+):
+    source = tmp_path / "in"
+    source.mkdir()
+    first, second = (Image.fromarray(np.full((90, 90, 3), value, np.uint8)) for value in (10, 20))
+    (source / "a.bmp").write_bytes(encode(first, "BMP"))
+    (source / "b.png").write_bytes(encode(photos["color.png"].resize((90, 70))))
+    for name in "ab":
+        (source / f"{name}.txt").write_text(f"picture {name}")
+    original = pipeline._pack
+
+    def change(*args):
+        before = (source / "a.bmp").stat()
+        (source / "a.bmp").write_bytes(encode(second, "BMP"))
+        assert (source / "a.bmp").stat().st_size == before.st_size
+        if keep_time:
+            os.utime(source / "a.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+        return original(*args)
+
+    engine = EngineConfig(workers=workers)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_pack", change)
+        with pytest.raises(DataError, match=r"a\.bmp changed while it was being curated; run again"):
+            curate(source, tmp_path / "out", CONFIG, engine)
+    assert curate(source, tmp_path / "out", CONFIG, engine)["kept"] == 2
+    curate(source, tmp_path / "fresh", CONFIG, engine)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    row = next(r for r in table(tmp_path / "out" / "index", INDEX_SCHEMA) if r["source_id"] == "a.bmp")
+    assert row["id"] == hashlib.sha256(encode(second, "BMP")).hexdigest()
+
+
+def test_a_caption_corrected_between_two_attempts_is_read_again(tmp_path, photos, monkeypatch):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.png").write_bytes(encode(photos["color.png"].resize((90, 90))))
+    (source / "a.txt").write_text("teh picture")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_pack", stop)
+        with pytest.raises(KeyboardInterrupt):
+            curate(source, tmp_path / "out", CONFIG, ALONE)
+    (source / "a.txt").write_text("the picture")
+    os.utime(source / "a.txt", ns=(1, 1))
+    curate(source, tmp_path / "out", CONFIG, ALONE)
+    rows = table(tmp_path / "out" / "index", INDEX_SCHEMA)
+    assert [c["text"] for row in rows for c in row["captions"]] == ["the picture"]
 
 
 def test_webdataset_reads_what_we_write(curated, odd_files):

@@ -126,6 +126,17 @@ def test_tasks_and_fingerprint_depend_on_the_content_alone(tmp_path):
     assert readers.scan(tmp_path / "b").fingerprint != first.fingerprint
 
 
+def test_an_edit_that_keeps_the_size_changes_the_stamp_alone(tmp_path):
+    put(tmp_path, {"a.jpg": b"old", "a.txt": b"text"})
+    before = readers.scan(tmp_path)
+    assert readers.scan(tmp_path).stamp == before.stamp
+    put(tmp_path, {"a.jpg": b"new"})
+    os.utime(tmp_path / "a.jpg", ns=(1, 1))
+    after = readers.scan(tmp_path)
+    assert after.fingerprint == before.fingerprint
+    assert after.stamp != before.stamp
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tars_as_img2dataset_writes_them_and_in_any_order(tmp_path, format):
     long = "d" * 90 + "/" + "n" * 60

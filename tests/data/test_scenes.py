@@ -47,8 +47,8 @@ def test_the_first_scenes_never_change():
     said = [scenes.captions(scene)[1].text for scene in scenes_of(GRID, 5)]
     assert said == [
         "a red triangle above a red square",
-        "a photo of a yellow square and a green triangle and a purple circle",
-        "two green circles",
+        "a photo of a blue circle and a blue square",
+        "a photo of a blue triangle and a green circle",
         "a photo of a yellow triangle above a white square",
         "a picture of a red triangle below a green circle",
     ]

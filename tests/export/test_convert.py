@@ -168,7 +168,7 @@ def test_output_must_be_new(make, tmp_path):
     for name in ("full", "file"):
         with pytest.raises(ConfigError, match=f"--output .*{name}"):
             convert(tmp_path / "hf", tmp_path / name, "native")
-    with pytest.raises(ConfigError, match="choose a folder that can be written"):
+    with pytest.raises(ConfigError, match="file is a file; name a new folder"):
         convert(tmp_path / "hf", tmp_path / "file" / "x", "native")
     assert (tmp_path / "full" / "keep").read_text() == "mine"
     convert(tmp_path / "hf", tmp_path / "empty", "native")
@@ -268,7 +268,7 @@ def test_bad_arguments(make, tmp_path):
 
 
 def test_full_disk_is_refused_before_anything_is_written(make, tmp_path, monkeypatch):
-    from megatron_nucleus.export import staging
+    from megatron_nucleus.utils import staging
 
     make.diffusers(make.shape(num_layers=1), 0).save_pretrained(tmp_path / "hf")
     usage = shutil.disk_usage(tmp_path)

@@ -157,6 +157,27 @@ def test_selection(run):
         select_checkpoints(run / "nowhere", 1, None)
 
 
+def test_checkpoints_that_latest_left_behind_are_not_merged(run):
+    latest = run / "checkpoints" / "latest"
+    latest.write_text("step_00000200\n")
+    assert [p.name for p in select_checkpoints(run, 2, None)] == ["step_00000100", "step_00000200"]
+    with pytest.raises(ConfigError, match=r"--last 3: only 2 .* up to step_00000200, which latest names"):
+        select_checkpoints(run, 3, None)
+    assert [p.name for p in select_checkpoints(run, None, [300])] == ["step_00000300"]  # named: meant
+    latest.write_text("nonsense")
+    with pytest.raises(DataError, match="latest"):
+        select_checkpoints(run, 1, None)
+    latest.unlink()
+    assert [p.name for p in select_checkpoints(run, 1, None)] == ["step_00001000"]
+
+
+def test_a_moved_encoder_folder_is_the_same_encoder(make, run, tmp_path):
+    vae = {"name": "qwen_image_vae", "path": "/a", "tiling": False, "dtype": "float32"}
+    for step, spec in ((2000, vae), (2100, {**vae, "path": "/b", "tiling": True, "dtype": "bfloat16"})):
+        make.run(run, make.model(make.shape(num_layers=2), 1), step, codec=spec)
+    assert len(merge(run, tmp_path / "m", last=2)["inputs"]) == 2
+
+
 def test_bad_schemes():
     with pytest.raises(ConfigError, match=r"--weights inverse_sqr: unknown \(did you mean inverse_sqrt"):
         merge_weights("inverse_sqr", 2)

@@ -185,6 +185,53 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     assert not calls
 
 
+OTHER_SETTINGS = {
+    "resolution_px": {"resolution_px": 64},
+    "codec": {"codec": DctCodec(coefficients=(16, 16, 16))},
+    "config": {"config": EncodeConfig(4, "float32")},
+    "shard size": {"config": EncodeConfig(4, max_shard_bytes=30_000)},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
+@pytest.mark.parametrize("back", [False, True])
+def test_a_stopped_run_goes_on_with_other_settings_as_a_new_one(tmp_path, monkeypatch, change, back):
+    """Also when the second run, too, was stopped and the first settings come back."""
+    source = curated(tmp_path / "curated", count=24)
+    write = encode_module._write_record
+
+    def stop_after_one_shard(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    attempts = [{}, change] if back else [{}]
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "_write_record", stop_after_one_shard)
+        for settings in attempts:
+            with pytest.raises(KeyboardInterrupt):
+                run_encode(source, tmp_path / "parts", **settings)
+            assert len(list((tmp_path / "parts" / ".progress").glob("*.json"))) == 1
+    last = {} if back else change
+    result = run_encode(source, tmp_path / "parts", **last)
+    assert result == run_encode(source, tmp_path / "whole", **last)
+    assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+
+def test_another_source_is_encoded_from_its_start(tmp_path, monkeypatch):
+    first = curated(tmp_path / "first", count=12)
+    second = curated(tmp_path / "second", count=12, damaged=(2,))
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "write_manifest", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_encode(first, tmp_path / "parts")
+    assert run_encode(second, tmp_path / "parts") == run_encode(second, tmp_path / "whole")
+    assert tree(tmp_path / "parts") == tree(tmp_path / "whole")
+
+
 def test_a_killed_and_a_signalled_program(tmp_path):
     source = curated(tmp_path / "curated", count=15)
     whole = run_encode(source, tmp_path / "whole", EncodeConfig())

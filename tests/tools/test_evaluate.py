@@ -114,7 +114,7 @@ def test_other_settings_never_mix_with_stored_pictures(truth, change, message):
 
 
 def test_a_place_that_cannot_be_written_is_named():
-    with pytest.raises(ConfigError, match="/dev/null/x: cannot be written"):
+    with pytest.raises(ConfigError, match="/dev/null/x: /dev/null is a file"):
         evaluate.main(["scenes", "--truth", "--prompts-per-skill", "1", "--output", "/dev/null/x"])
 
 

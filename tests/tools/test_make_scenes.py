@@ -47,7 +47,7 @@ def test_a_folder_of_images(tmp_path):
         (["--output", "x", "--count", "3", "--tier", "fre"], "did you mean free?"),
         (["--output", "x", "--count", "3", "--format", "zip"], "invalid choice: 'zip'"),
         (["--output", "x", "--count", "3", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["--output", "/dev/null/x", "--count", "3"], "--output /dev/null/x: cannot be written"),
+        (["--output", "/dev/null/x", "--count", "3"], "--output /dev/null/x: /dev/null is a file"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, monkeypatch, arguments, message):

@@ -145,6 +145,17 @@ def test_keep_last_prunes_only_after_the_new_one_is_named(tmp_path):
         Checkpointer(tmp_path, keep_last=0)
 
 
+def test_pruning_counts_back_from_latest_not_from_an_abandoned_branch(tmp_path):
+    saver = Checkpointer(tmp_path, keep_last=2)
+    keeps_all = Checkpointer(tmp_path)
+    for step in (1, 2, 3, 8, 9):
+        keeps_all.save(make_state(step, step=step), EXTRA)
+    native.set_latest(tmp_path, tmp_path / "step_00000003")
+    saver.save(make_state(4, step=4), EXTRA)
+    assert [native.step_number(p) for p in native.list_steps(tmp_path)] == [3, 4, 8, 9]
+    assert [native.step_number(p) for p in native.list_branch(tmp_path)] == [3, 4]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     saver = Checkpointer(tmp_path)
     saver.save(make_state(1, step=7), EXTRA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,20 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from megatron_nucleus.training.arguments import parse_run
+from megatron_nucleus.export import native
 from megatron_nucleus.training.metrics import KEYS
-from megatron_nucleus.training.training import train
-from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError
 from tests.support import ROOT, tool
-
-
-def run_here(config_file: Path, run_dir: Path, *flags: object):
-    argv = ["--config", str(config_file), "--run-dir", str(run_dir), *map(str, flags)]
-    run, _ = parse_run(argv, Parser(prog="t"))
-    return train(run)
+from tests.training.runs import rows, run_here
 
 
 def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
@@ -35,10 +30,6 @@ def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
         for file in (run_dir / "checkpoints" / f"step_{step:08d}" / part).glob("*.safetensors"):
             out |= {f"{part}/{k}": v for k, v in load_file(file).items()}
     return out
-
-
-def rows(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_curve(a: Path, b: Path) -> None:
@@ -179,8 +170,16 @@ def test_program_prints_the_promised_json(config_file, tmp_path):
 
     with Image.open(tmp_path / "run" / "samples" / "step_00000006.png") as sheet:
         assert len(sheet.convert("RGB").getcolors(1 << 20)) > 50
-    again = tool("train", "--config", config_file, "--run-dir", tmp_path / "run", "--json", check=False)
-    assert again.returncode in (0, 2)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")}
+    again = tool(
+        "train", "--config", config_file, "--run-dir", tmp_path / "run", "--json"
+    )  # finished: exit 0
+    assert json.loads(again.stdout.strip().splitlines()[-1]) == result
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")} == files
+    with pytest.raises(ConfigError, match="--train-steps 5: the run .* is already at step 6"):
+        run_here(config_file, tmp_path / "run", "--train-steps", 5)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run_here(config_file, tmp_path / "run").loss is None
 
 
 def test_changed_run_is_refused(config_file, tmp_path, corpus):
@@ -218,11 +217,78 @@ def test_changed_run_is_refused(config_file, tmp_path, corpus):
         (["--sample-interval", 5], "--sample-prompts"),
         (["--lr", -1], "lr"),
         (["--capacity-factors", 100], "capacity_factors"),
+        (["--seed", 2**63], f"--seed {2**63}: must be a signed 64-bit number"),
+        (["--seed", -(2**63) - 1], "signed 64-bit"),
+        (["--latent-channels", 8], "--latent-channels 8: the codec 'dct' gives 16"),
+        (["--steps", 0], "--steps 0"),
+        (["--shift", 0], "--shift 0"),
+        (["--guidance", "nan"], "--guidance nan"),
+        (["--height", 33], "--height 33: must be a multiple of 8 px"),
+        (["--width", 0], "--width 0"),
+        (["--sample-interval", 5, "--sample-prompts", "red", "a " * 200], "--sample-prompts: number 1"),
     ],
 )
 def test_bad_settings_are_named_before_anything_is_built(config_file, tmp_path, flags, message):
     with pytest.raises(ConfigError, match=message):
         run_here(config_file, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists() or list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_largest_seeds_train(config_file, tmp_path, seed):
+    assert run_here(config_file, tmp_path / "run", "--seed", seed, "--train-steps", 1).loss > 0
+
+
+def test_a_last_loss_that_is_not_finite_is_null(config_file, tmp_path, monkeypatch, capsys):
+    from megatron_nucleus.training import training
+
+    monkeypatch.setattr(training, "flow_loss", lambda velocity, target: velocity.sum() * math.nan)
+    flags = ["--config", str(config_file), "--run-dir", str(tmp_path / "run"), "--train-steps", "1", "--json"]
+    runpy.run_path(str(ROOT / "tools" / "train.py"))["main"](flags)
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (printed["loss"], printed["steps"], printed["skipped"]) == (None, 1, 1)
+    assert run_here(config_file, tmp_path / "run", "--train-steps", 1).loss is None
+
+
+def test_a_preview_that_fails_comes_after_its_checkpoint(config_file, tmp_path, monkeypatch):
+    from megatron_nucleus.training.training import Loop
+
+    def fail(self):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(Loop, "preview", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        run_here(config_file, tmp_path / "run", "--sample-interval", 3, "--sample-prompts", "a red circle")
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
+
+
+def test_a_refused_start_leaves_the_saved_configuration_alone(config_file, tmp_path, corpus):
+    run_here(config_file, tmp_path / "run", "--train-steps", 2)
+    saved = (tmp_path / "run" / "config.yaml").read_bytes()
+    for flags in (["--train-steps", 1], ["--optimizer", "adamw"], ["--data-path", "/nowhere"]):
+        with pytest.raises(ConfigError):
+            run_here(config_file, tmp_path / "run", *flags)
+        assert (tmp_path / "run" / "config.yaml").read_bytes() == saved
+    run_here(config_file, tmp_path / "run", "--train-steps", 3, "--lr", 0.5)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]["optimizer"]["lr"] == 0.5
+
+
+def test_a_second_trainer_on_the_same_folder_is_refused(config_file, tmp_path):
+    command = [sys.executable, str(ROOT / "tools/train.py"), "--config", str(config_file), "--run-dir",
+               str(tmp_path / "run"), "--train-steps", "100000", "--num-workers", "1"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "latest").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(ConfigError, match=rf"--run-dir {tmp_path / 'run'}: another process"):
+            run_here(config_file, tmp_path / "run", "--train-steps", 100000)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    left_by_the_killed = native.step_number(native.resolve_checkpoint(tmp_path / "run"))
+    steps = left_by_the_killed + 1
+    assert run_here(config_file, tmp_path / "run", "--train-steps", steps).state.step == steps
 
 
 def test_exit_codes_and_one_line_errors(config_file, tmp_path):
@@ -236,6 +302,8 @@ def test_exit_codes_and_one_line_errors(config_file, tmp_path):
     damaged = tool("train", "--config", config_file, "--run-dir", tmp_path / "run", check=False)
     assert damaged.returncode == 3
     assert victim.name in damaged.stderr.strip().splitlines()[-1]
-    (tmp_path / "run" / "config.yaml").write_text("config: [")
-    with pytest.raises(DataError, match="damaged"):
-        run_here(config_file, tmp_path / "run")
+    for text in ("config: [", "config: 5", "config: [1]", "config: {model: 3}", "config:", "7", ""):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        with pytest.raises(DataError, match=r"config\.yaml is damaged"):
+            run_here(config_file, tmp_path / "run")
+        assert (tmp_path / "run" / "config.yaml").read_text() == text

@@ -42,6 +42,10 @@ class PackTask(NamedTuple):
     stage_versions: dict[str, str]
 
 
+class InputChanged(DataError):
+    """An input file is no longer what was inspected."""
+
+
 def assign_buckets(decisions: Decisions, min_images: int) -> tuple[np.ndarray, dict[str, str]]:
     """Bucket number (in `buckets.BUCKETS`, -1 where not kept) of every position, after merging small buckets.
 
@@ -90,7 +94,7 @@ def pack_task(
     Besides the counts of the stage contract: ``shard`` (a `ShardInfo`), ``captions`` and ``sources`` (numbers).
 
     Raises:
-        DataError: an input file is no longer what was inspected.
+        InputChanged: an input file is no longer what was inspected.
     """
     shard = shards.ShardFile(task.output_root, f"shards/{task.name}.tar", task.bucket)
     rows = []
@@ -136,9 +140,11 @@ def _read_again(root: str, row: dict, config: CurationConfig) -> bytes:
     try:
         payload = readers.read_reference(root, reference, config.max_file_bytes)
     except UnusableImage as error:
-        raise DataError(f"{root}: {row['item']} can no longer be read ({error.detail}); run again") from error
+        raise InputChanged(
+            f"{root}: {row['item']} can no longer be read ({error.detail}); run again"
+        ) from error
     if hashlib.sha256(payload).hexdigest() != row["id"]:
-        raise DataError(f"{root}: {row['item']} changed while it was being curated; run again")
+        raise InputChanged(f"{root}: {row['item']} changed while it was being curated; run again")
     return payload
 
 

@@ -1,20 +1,18 @@
 """Curation from end to end: scan -> inspect -> exact duplicates -> aspect buckets -> pack -> index -> report.
 
 Output is complete when ``manifest.json`` is there. Everything before it is written under a temporary name and
-renamed, and finished tasks are found again, so the same command goes on where a killed run stopped. The result
-depends on the input and the settings, not on the number of workers.
+renamed, and finished tasks are found again, so the same command goes on where a killed run stopped, unless the
+input was touched since. The result depends on the input and the settings, not on the number of workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,12 @@ from megatron_nucleus.data.curation import captions, dedup, filters, pack, reade
 from megatron_nucleus.data.curation.filters import CurationConfig
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from megatron_nucleus.utils.files import exclusive, write_atomic
+from megatron_nucleus.utils.staging import explain_writing
 
 TOOL = "curate"
 _WORK = ".work"
+_STAMP = "input_stamp"  # of the input that the work was done on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,12 @@ def curate(
 ) -> dict:
     """Curate the images under ``source`` into the data set folder ``output``; returns the counts and paths.
 
-    Running it again on a finished output with the same input and settings does nothing and says so
-    (``already_complete``).
+    Running it again on a finished output with the same input (by names and sizes) and settings does nothing and
+    says so (``already_complete``).
 
     Raises:
-        ConfigError: a missing input, or an output folder in use for something else.
-        DataError: nothing to use in the input, with the reasons.
+        ConfigError: a missing input, or an output folder in use for something else or that cannot be written.
+        DataError: nothing to use in the input, with the reasons; an input that changes meanwhile; a full disk.
     """
     config, engine = config or CurationConfig(), engine or EngineConfig()
     source, output = Path(source), Path(output)
@@ -71,7 +72,8 @@ def curate(
     settings = {"input_fingerprint": found.fingerprint, "curation": dataclasses.asdict(config)}
     state = manifest.claim_output(output, TOOL, settings)
     if state != "complete" or (output / _WORK).exists():
-        with _exclusive(output):
+        keeps = "finished work is kept, and the same command goes on from there"
+        with explain_writing(output, keeps), exclusive(output, "--output"):
             if state != "complete":
                 _run(source, output, found, config, engine, settings)
             _tidy(output)
@@ -111,19 +113,13 @@ def _check_input(source: Path, found: readers.Scan) -> None:
         )
 
 
-@contextmanager
-def _exclusive(output: Path) -> Iterator[None]:
-    """Keep a second process out of the same output folder."""
-    path = output / ".lock"
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--output {output}: another process is writing there; wait for it") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def _open_work(work: Path, stamp: str) -> None:
+    """Keep what an earlier attempt did only when no input file was touched since."""
+    path = work / _STAMP
+    if work.is_dir() and not (path.is_file() and path.read_text() == stamp):
+        shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    write_atomic(path, stamp)
 
 
 def _tidy(output: Path) -> None:
@@ -142,6 +138,7 @@ def _run(
     settings: dict,
 ) -> None:
     work, workers = output / _WORK, engine.worker_count()
+    _open_work(work, found.stamp)
     inspect = runner.make_stage(
         "inspect", filters.inspect_task, config, [filters, readers, captions, images], found.fingerprint
     )
@@ -159,7 +156,11 @@ def _run(
         report.write(output, source, config, counts, {}, {}, work / "inspect", names, decisions)
         raise DataError(_nothing_left(source, output, counts, quarantine))
     assigned, moved = pack.assign_buckets(decisions, config.min_bucket_images)
-    packed = _pack(source, output, names, decisions, assigned, merged, config, inspect, workers)
+    try:
+        packed = _pack(source, output, names, decisions, assigned, merged, config, inspect, workers)
+    except pack.InputChanged:  # what was found out about the input no longer holds, and with it the plan
+        shutil.rmtree(work)
+        raise
     counts["captions"] = _sum(p["captions"] for p in packed)
     counts["caption_sources"] = _sum(p["sources"] for p in packed)
     infos = [shards.ShardInfo(*p["shard"]) for p in packed]

@@ -1,7 +1,7 @@
 """Input -> tasks -> items: a folder of images with caption files beside them, and WebDataset tars, in any mix.
 
-Scanning looks at names and sizes only and cuts the input into tasks, always the same for the same input. Items
-carry references, not bytes. Nothing from an input tar is ever written under a name that the tar chose.
+Scanning looks at names, sizes and times of change only and cuts the input into tasks, always the same for the same
+names. Items carry references, not bytes. Nothing from an input tar is ever written under a name that the tar chose.
 """
 
 from __future__ import annotations
@@ -54,10 +54,15 @@ class Task(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """The input at a glance. fingerprint: over all names and sizes. ignored: files that are neither."""
+    """The input at a glance. ignored: files that are neither images nor captions.
+
+    fingerprint: over all names and sizes, the same for a copy of the input; an edit that keeps the size does not
+    change it. stamp: over names, sizes and times of change, so that any edit changes it, and copying too.
+    """
 
     tasks: list[Task]
     fingerprint: str
+    stamp: str
     files: int
     tars: int
     ignored: int
@@ -78,10 +83,11 @@ def scan(root: str | Path) -> Scan:
         )
     if not os.access(base, os.R_OK | os.X_OK):
         raise ConfigError(f"--input {root}: cannot be listed; check its permissions")
-    digest = hashlib.sha256()
+    digest, times = hashlib.sha256(), hashlib.sha256()
     paths, ignored = [], 0
-    for path, size in _walk(base, b"", set()):
+    for path, size, changed_ns in _walk(base, b"", set()):
         digest.update(path + b"\0" + str(size).encode() + b"\n")
+        times.update(str(changed_ns).encode() + b"\n")
         if os.path.basename(path).startswith(b".") or b"__MACOSX" in path.split(b"/"):
             ignored += 1
         else:
@@ -95,11 +101,12 @@ def scan(root: str | Path) -> Scan:
         for n, i in enumerate(range(0, len(items), FILES_PER_TASK))
     ]
     tasks += [Task(f"tar-{n:06d}", os.fsdecode(base), path, ()) for n, path in enumerate(tars)]
-    return Scan(tasks, digest.hexdigest(), len(items), len(tars), ignored, orphans)
+    fingerprint = digest.hexdigest()
+    return Scan(tasks, fingerprint, fingerprint + times.hexdigest(), len(items), len(tars), ignored, orphans)
 
 
-def _walk(base: bytes, folder: bytes, above: set[tuple[int, int]]) -> Iterator[tuple[bytes, int]]:
-    """(relative path, size) of everything that is not a folder, sorted; link loops are not entered twice."""
+def _walk(base: bytes, folder: bytes, above: set[tuple[int, int]]) -> Iterator[tuple[bytes, int, int]]:
+    """(relative path, size, mtime in ns) of everything that is not a folder, sorted; link loops are entered once."""
     here = os.path.join(base, folder)
     info = os.stat(here)
     if (info.st_dev, info.st_ino) in above:
@@ -109,7 +116,7 @@ def _walk(base: bytes, folder: bytes, above: set[tuple[int, int]]) -> Iterator[t
         with os.scandir(here) as listing:
             entries = sorted(listing, key=lambda e: e.name)
     except PermissionError:
-        yield folder, 0  # becomes an item that cannot be read
+        yield folder, 0, 0  # becomes an item that cannot be read
         return
     for entry in entries:
         path = os.path.join(folder, entry.name)
@@ -117,9 +124,10 @@ def _walk(base: bytes, folder: bytes, above: set[tuple[int, int]]) -> Iterator[t
             yield from _walk(base, path, above)
         else:
             try:
-                yield path, entry.stat().st_size
+                found = entry.stat()
+                yield path, found.st_size, found.st_mtime_ns
             except OSError:
-                yield path, 0
+                yield path, 0, 0
 
 
 def _is_tar_record(path: bytes, tar_stems: set[bytes]) -> bool:

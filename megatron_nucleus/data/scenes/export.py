@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from megatron_nucleus.data.scenes.draw import draw
 from megatron_nucleus.data.scenes.world import Scene, SceneConfig
 from megatron_nucleus.data.shards import ShardFile, encode_json
 from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.staging import staged_folder
 
 FORMATS = ("webdataset", "folder")
 LICENCE = "CC0-1.0"
@@ -46,33 +45,24 @@ def export_scenes(
         Bytes written.
 
     Raises:
-        ConfigError: a count or shard size below 1, an unknown format, or a non-empty output folder.
+        ConfigError: a count or shard size below 1, an unknown format, or an output folder that is not empty or
+            cannot be written.
+        DataError: the disk is full.
     """
-    output = Path(output)
     if count < 1:
         raise ConfigError(f"--count {count}: at least 1 is needed")
     if samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard {samples_per_shard}: at least 1 is needed")
     if file_format not in FORMATS:
         raise ConfigError(f"--format {file_format}: one of {', '.join(FORMATS)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output {output}: exists and is not empty; name a new folder")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ConfigError(f"--seed {seed}: must be a 64-bit number")
-    temporary = output.with_name(f".{output.name}.tmp{os.getpid()}")
     write = _write_webdataset if file_format == "webdataset" else _write_folder
     samples = _samples(config, seed, count)
-    try:
-        temporary.mkdir(parents=True)
+    with staged_folder(Path(output)) as folder:
         with tqdm(samples, "scenes", count, unit="image", disable=None if progress else True) as bar:
-            write(temporary, bar, samples_per_shard)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
-        os.replace(temporary, output)
-    except OSError as error:
-        raise ConfigError(f"--output {output}: cannot be written ({error}); choose another place") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return size
+            write(folder, bar, samples_per_shard)
+        return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def side_data(scene: Scene) -> dict:

@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all, and one-line errors for disks that refuse."""
+"""Output folders: those that appear whole or not at all, and one-line errors where nothing can be written."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ def explain_write_error(error: OSError, target: Path, keeps: str) -> Exception:
 
 
 @contextlib.contextmanager
+def explain_writing(target: str | Path, keeps: str) -> Iterator[None]:
+    """Turn an OSError about ``target``, or a full disk, into `explain_write_error`; any other passes unchanged."""
+    try:
+        yield
+    except OSError as error:
+        if not _concerns(error, Path(target)):
+            raise
+        raise explain_write_error(error, Path(target), keeps) from error
+
+
+def _concerns(error: OSError, target: Path) -> bool:
+    """Whether it names a path in ``target`` or a folder above; write and fsync name none: whether a disk is full."""
+    if not isinstance(error.filename, str | bytes):
+        return error.errno in _FULL
+    named, target = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.abspath(target))
+    return named.is_relative_to(target) or target.is_relative_to(named)
+
+
+@contextlib.contextmanager
 def staged_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Yield a hidden folder beside ``target`` that becomes ``target`` when the block ends without an error.
 
@@ -89,11 +108,20 @@ def staged_folder(target: Path, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_writable(target: str | Path, option: str = "--output") -> None:
+    """ConfigError unless ``target``, or the nearest path above it that exists, is a folder to write in."""
+    path = Path(target).absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not nearest.is_dir():
+        raise ConfigError(f"{option} {target}: {nearest} is a file; name a new folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {target}: {nearest} cannot be written; name another folder")
+
+
 def check_free(target: Path, option: str = "--output") -> None:
-    """ConfigError unless ``target`` is missing or an empty folder."""
+    """ConfigError unless ``target`` can be written and is missing or an empty folder."""
+    check_writable(target, option)
     try:
-        if target.exists() and not target.is_dir():
-            raise ConfigError(f"{option} {target}: is a file; name a new folder")
         if target.is_dir() and any(target.iterdir()):
             raise ConfigError(f"{option} {target}: is not empty; name a new folder or remove it first")
     except OSError as error:

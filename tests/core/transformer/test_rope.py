@@ -1,0 +1,86 @@
+"""Rotary positions: values against the formula written out, and the properties that make them relative."""
+
+from __future__ import annotations
+
+import cmath
+import math
+
+import pytest
+import torch
+
+from megatron_nucleus.core.transformer.rope import apply_rope, rope_table
+
+AXES = (4, 6, 6)
+CPU = torch.device("cpu")
+
+
+def rotation(position: tuple[int, int, int]) -> list[complex]:
+    """exp(i * p * 10000^(-2j/d)) for pair j of each axis with d channels."""
+    return [
+        cmath.exp(1j * p * 10000.0 ** (-2 * j / dim))
+        for p, dim in zip(position, AXES, strict=True)
+        for j in range(dim // 2)
+    ]
+
+
+def close(actual, positions):
+    want = torch.tensor([rotation(p) for p in positions], dtype=torch.complex128)
+    torch.testing.assert_close(actual.to(torch.complex128), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "rows", "columns"),
+    [
+        ((4, 6), range(-2, 2), range(-3, 3)),
+        ((3, 5), range(-2, 1), range(-3, 2)),  # odd: the larger half lies before the centre
+        ((1, 2), range(-1, 0), range(-1, 1)),
+    ],
+)
+def test_image_tokens_are_centred_on_the_image(grid, rows, columns):
+    image, _ = rope_table(AXES, grid, 0, CPU)
+    close(image, [(0, r, c) for r in rows for c in columns])
+
+
+@pytest.mark.parametrize(("grid", "first"), [((4, 6), 3), ((6, 4), 3), ((3, 5), 2), ((9, 1), 4)])
+def test_text_follows_behind_the_image_on_all_axes(grid, first):
+    _, text = rope_table(AXES, grid, 4, CPU)
+    close(text, [(first + i,) * 3 for i in range(4)])
+
+
+def test_it_is_a_rotation_of_neighbouring_pairs():
+    image, _ = rope_table(AXES, (3, 4), 0, CPU)
+    x = torch.randn(2, 12, 3, sum(AXES), generator=torch.Generator().manual_seed(0))
+    turned = apply_rope(x, image)
+    pairs, turned_pairs = x.unflatten(-1, (-1, 2)), turned.unflatten(-1, (-1, 2))
+    torch.testing.assert_close(turned_pairs.norm(dim=-1), pairs.norm(dim=-1))
+    one = torch.zeros(1, 12, 1, sum(AXES))
+    one[..., 0::2] = 1.0  # (1, 0) becomes (cos, sin)
+    angle = torch.tensor(
+        [[cmath.phase(z) for z in rotation((0, r, c))] for r in (-2, -1, 0) for c in range(-2, 2)]
+    )
+    got = apply_rope(one, image)[0, :, 0]
+    torch.testing.assert_close(got[:, 0::2], angle.cos(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(got[:, 1::2], angle.sin(), rtol=0, atol=1e-6)
+    assert apply_rope(x.bfloat16(), image).dtype == torch.bfloat16
+
+
+def test_scores_depend_on_distances_alone():
+    h, w = 5, 7
+    image, text = rope_table(AXES, (h, w), 6, CPU)
+    q, k = torch.randn(2, sum(AXES), generator=torch.Generator().manual_seed(1))
+
+    def score(a, b):
+        turn = [apply_rope(x.view(1, 1, 1, -1), row[None]).flatten() for x, row in ((q, a), (k, b))]
+        return float(turn[0] @ turn[1])
+
+    for dr, dc in ((0, 1), (2, 0), (1, 3)):
+        same = [
+            score(image[r * w + c], image[(r + dr) * w + c + dc])
+            for r in range(h - dr)
+            for c in range(w - dc)
+        ]
+        assert max(same) - min(same) < 1e-5
+    same = [score(text[i], text[i + 2]) for i in range(4)]
+    assert max(same) - min(same) < 1e-5
+    assert math.isclose(score(image[8], image[8]), float(q @ k), abs_tol=1e-5)
+    assert abs(score(image[0], image[1]) - score(image[0], image[2])) > 1e-3
