@@ -7,6 +7,7 @@ the point where a run was resumed.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -27,6 +28,7 @@ from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
 LENGTH_CLASSES = ("short", "medium", "detailed")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SUBSTITUTE_ATTEMPTS = 16
 _GRACE_S = 120  # a worker told to end lives on this long, so that the program can finish its step and save
 Made = tuple[RawBatch, list[str]] | DataError
@@ -101,7 +103,8 @@ class Loader:
             collate_fn=_identity,
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
-        self._batches = _Batches(iter(loader))
+        with _stop_signals_held():
+            self._batches = _Batches(iter(loader))  # starts the workers
         weakref.finalize(self, self._batches.stop).atexit = False  # the order at exit matters: see _Batches
 
     def __iter__(self) -> Loader:
@@ -323,11 +326,22 @@ class _Batches:
             shutdown()
 
 
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Keep SIGINT and SIGTERM pending, here and in the workers started meanwhile, until `start_worker` is ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(_: int) -> None:
     """The main process decides when to stop: a signal to the group must not kill its loader first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
 
 def _identity(value: object) -> object:

@@ -155,7 +155,7 @@ def test_a_data_set_smaller_than_the_batch_repeats_and_is_reported(tmp_path, cap
         batches = take(corpus, 6, global_batch_size=24, micro_batch_size=12)
     assert all(len(b.ids) == 12 for b in batches)
     assert "fewer than a global batch of 24" in caplog.text
-    assert "begins pass" in caplog.text
+    assert "over its images" in caplog.text
 
 
 def test_caption_weights_hold_over_the_classes_an_image_has():
