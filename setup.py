@@ -20,11 +20,11 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 
 REQUIRES = [
     "torch>=2.11,<2.15",
-    "numpy>=1.26",
+    "numpy>=1.26,<3",
     "pyyaml>=6",
     "pillow>=11",
     "pyarrow>=17",
-    "safetensors>=0.5",
+    "safetensors>=0.5,<1",
     "tensorboard>=2.16",
     "tqdm>=4.66",
     "scipy>=1.11",
@@ -32,7 +32,7 @@ REQUIRES = [
     "matplotlib>=3.8",
 ]
 
-HF = ["diffusers>=0.38", "transformers>=5", "accelerate>=1.10"]
+HF = ["diffusers>=0.38,<1", "transformers>=5,<6", "accelerate>=1.10,<2"]
 
 EXTRAS = {
     "hf": HF,
