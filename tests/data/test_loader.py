@@ -303,6 +303,7 @@ def test_workers_are_gone_after_close_drop_and_error(made):
 
 SCRIPT = """
     import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     from megatron_nucleus.data.dataset import open_corpus
     from megatron_nucleus.data.loader import DataConfig, build_loader
     config = DataConfig(data_path="x", resolution_px=32, num_workers=2)
@@ -347,7 +348,11 @@ def test_no_worker_outlives_the_program(made, ending):
         os.killpg(process.pid, signal.SIGINT)
     elif ending == "kill":
         os.kill(process.pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     expected = {"exit": 0, "flag": 0, "kill": -signal.SIGKILL, "interrupt": -signal.SIGINT}
     assert process.returncode == expected[ending], err
     assert out == ("delivered\n" if ending == "flag" else "")
