@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import itertools
 import logging
+import os
 import signal
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,6 +31,7 @@ from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
 LENGTH_CLASSES = ("short", "medium", "detailed")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SUBSTITUTE_ATTEMPTS = 16
 _GRACE_S = 120  # a worker told to end lives on this long, so that the program can finish its step and save
@@ -342,6 +346,20 @@ def start_worker(_: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """Linux: the kernel kills this worker when the process that started it is gone, however that ended.
+
+    Elsewhere DataLoader's own watch remains, which looks only between two batches.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(1)
 
 
 def _identity(value: object) -> object:
