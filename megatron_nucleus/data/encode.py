@@ -8,8 +8,10 @@ and settings give the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -139,7 +141,7 @@ def _encode_shards(
                 batch_size=maker.config.encode_batch_size,
                 num_workers=num_workers,
                 collate_fn=list,
-                worker_init_fn=start_worker,
+                worker_init_fn=functools.partial(start_worker, parent=os.getpid()),
                 generator=torch.Generator(),  # else the global generator is drawn from
             )
             try:

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -103,7 +104,7 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=config.prefetch_batches if workers else None,
-            worker_init_fn=start_worker,
+            worker_init_fn=functools.partial(start_worker, parent=os.getpid()),
             collate_fn=_identity,
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
@@ -340,25 +341,28 @@ def _stop_signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_worker(_: int) -> None:
-    """The main process decides when to stop: a signal to the group must not kill its loader first."""
+def start_worker(_: int, parent: int) -> None:
+    """The main process decides when to stop: a signal to the group must not kill its loader first.
+
+    Args:
+        parent: process id of the program that owns the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    _end_with_parent()
+    _end_with_parent(parent)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Linux: the kernel kills this worker when the process that started it is gone, however that ended.
 
-    Elsewhere DataLoader's own watch remains, which looks only between two batches.
+    Elsewhere DataLoader's own watch remains, which looks only between two batches, and which misses a parent that
+    was gone before the worker came up.
     """
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the worker came this far
         os._exit(1)
 
 

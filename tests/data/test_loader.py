@@ -309,7 +309,8 @@ SCRIPT = """
     config = DataConfig(data_path="x", resolution_px=32, num_workers=2)
     loader = build_loader(config, open_corpus(sys.argv[1]), seed=0, global_batch_size=4, micro_batch_size=4,
                           multiple_px=8)
-    next(loader)
+    for _ in range(4):
+        next(loader)  # both workers are up
     print("ready", flush=True)
     if sys.argv[2] == "exit":
         sys.exit(0)
