@@ -121,7 +121,8 @@ class TrainState:
     """Everything that changes while training. ``samples_seen`` is the one clock.
 
     step: optimizer steps taken, including skipped ones. samples_seen: images consumed so far.
-    skipped: steps whose update was not applied because loss or gradient was not finite.
+    skipped: steps whose update was not applied because loss or gradient was not finite, or the loss a spike.
+    loss_average: running mean of the loss over applied steps, what a spike is measured against; None before the first.
     """
 
     model: torch.nn.Module
@@ -129,3 +130,4 @@ class TrainState:
     step: int = 0
     samples_seen: int = 0
     skipped: int = 0
+    loss_average: float | None = None

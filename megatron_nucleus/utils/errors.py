@@ -30,6 +30,12 @@ class StoppedError(UserError):
     exit_code = 4
 
 
+class RankLostError(UserError):
+    """Another rank of the run died or is stuck; the same command resumes from the newest checkpoint."""
+
+    exit_code = 5
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` for the closest allowed name, or an empty string."""
     match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)

@@ -28,19 +28,28 @@ ROUTER_GAIN = 0.1
 def init_weights(model: nn.Module, seed: int) -> None:
     """Fill every parameter in place; each one's values depend on (seed, its name, its shape) alone."""
     for name, parameter in model.named_parameters():
-        init_parameter(name, parameter, seed)
+        init_rows(name, parameter, seed, parameter.shape, 0)
 
 
 @torch.no_grad()
-def init_parameter(name: str, parameter: Tensor, seed: int) -> None:
-    """Fill one parameter according to the table above, on whatever device it is."""
+def init_rows(name: str, out: Tensor, seed: int, shape: torch.Size, first_row: int) -> None:
+    """Fill rows ``first_row ...`` of one parameter according to the table above, on whatever device it is.
+
+    Args:
+        out: [n, ...], rows of the parameter along its first axis; none where n is 0.
+        shape: of the whole parameter. Every expert has a stream of its own, so that a rank draws only the
+            experts it holds; of other matrices the whole is drawn and the rows kept.
+    """
+    last_row = first_row + out.shape[0]
     if name.endswith("norm.weight"):
-        parameter.fill_(1.0)
+        out.fill_(1.0)
     elif name.endswith(".bias") or any(part in f"{name}" for part in ZERO):
-        parameter.zero_()
-    else:
-        # Linear weights are (out, in), packed experts (E, in, out): fan_in is the same axis counted from the back.
-        fan_in = parameter.shape[1]
+        out.zero_()
+    elif len(shape) == 3:
+        for row, expert in zip(out, range(first_row, last_row), strict=True):
+            values = torch.randn(shape[1:], generator=rng.generator(seed, expert, f"init:{name}"))
+            row.copy_(values.mul_(1.0 / math.sqrt(shape[1])))
+    elif out.shape[0]:
         gain = ROUTER_GAIN if name.endswith("router.weight") else 1.0
-        values = torch.randn(parameter.shape, generator=rng.generator(seed, 0, f"init:{name}"))
-        parameter.copy_(values.mul_(gain / math.sqrt(fan_in)))
+        values = torch.randn(shape, generator=rng.generator(seed, 0, f"init:{name}"))
+        out.copy_(values[first_row:last_row].mul_(gain / math.sqrt(shape[1])))

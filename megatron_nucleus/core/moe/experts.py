@@ -6,10 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nucleus.core.kernels import Kernels
+from megatron_nucleus.core.moe.dispatcher import LocalDispatcher
+from megatron_nucleus.utils.tensors import local
 
 
 class Experts(nn.Module):
-    """gate_up [E, D, 2F] (gate first) and down [E, F, D]: (in, out) order, as in the released checkpoint."""
+    """gate_up [E, D, 2F] (gate first) and down [E, F, D]: (in, out) order, as in the released checkpoint.
+
+    Over several ranks the parameters keep their global shape and each rank computes with its e experts.
+    """
 
     def __init__(self, experts: int, width: int, hidden: int, kernels: Kernels):
         super().__init__()
@@ -17,6 +22,10 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
         self.kernels = kernels
 
-    def forward(self, rows_END: Tensor) -> Tensor:
-        """[E, N, D] -> [E, N, D], two batched matmuls with fixed shapes."""
-        return self.kernels.expert_ffn(rows_END, self.gate_up, self.down)
+    def forward(self, pieces: tuple[Tensor, ...], dispatcher: LocalDispatcher) -> tuple[Tensor, ...]:
+        """Each piece, [e, N, D] once it has arrived: two batched matmuls with fixed shapes, and back it goes."""
+        gate_up, down = local(self.gate_up), local(self.down)
+        return tuple(
+            dispatcher.give_back(self.kernels.expert_ffn(dispatcher.arrive(piece), gate_up, down))
+            for piece in pieces
+        )

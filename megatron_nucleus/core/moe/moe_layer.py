@@ -29,6 +29,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, plain_BSD: Tensor, temb_BD: Tensor) -> tuple[Tensor, Routing]:
         """x_BSD: modulated tokens the experts compute on. plain_BSD: unmodulated tokens the router judges."""
         routing = self.router(plain_BSD, temb_BD)  # which tokens each expert takes
-        rows_END = self.dispatcher.dispatch(x_BSD, routing)  # move them there
-        rows_END = self.experts(rows_END)  # batched matmuls
-        return self.dispatcher.combine(self.shared_expert(x_BSD), rows_END, routing), routing
+        rows = self.dispatcher.dispatch(x_BSD, routing)  # send them there
+        shared_BSD = self.shared_expert(x_BSD)  # meanwhile
+        rows = self.experts(rows, self.dispatcher)  # batched matmuls
+        return self.dispatcher.combine(shared_BSD, rows, routing), routing

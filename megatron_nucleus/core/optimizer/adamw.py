@@ -1,7 +1,8 @@
 """AdamW over named parameters, with its state laid out for checkpoints.
 
 The arithmetic is torch's fused kernel (`torch.optim.adamw.adamw`); only the bookkeeping is ours: state exists
-from the start under stable names, so a checkpoint fills it in place.
+from the start under stable names, so a checkpoint fills it in place. Sharded parameters have sharded state, and
+every rank updates its own part.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+
+from megatron_nucleus.core.optimizer import shards
 
 
 class AdamWParam(NamedTuple):
@@ -52,13 +55,14 @@ class AdamW:
         """Update every parameter from its gradient. lr: learning rate before the groups' factors."""
         for (lr_factor, weight_decay), members in self._groups.items():
             params = [self.params[i].param for i in members]
+            local_params = shards.local(params)
             adamw(
-                params,
-                [p.grad for p in params],
-                [self.exp_avg[i] for i in members],
-                [self.exp_avg_sq[i] for i in members],
+                local_params,
+                shards.local(p.grad for p in params),
+                shards.local(self.exp_avg[i] for i in members),
+                shards.local(self.exp_avg_sq[i] for i in members),
                 [],
-                [torch.full((), float(self.steps), device=p.device) for p in params],
+                [torch.full((), float(self.steps), device=p.device) for p in local_params],
                 fused=True,
                 amsgrad=False,
                 beta1=self.beta1,

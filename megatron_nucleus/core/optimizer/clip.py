@@ -6,7 +6,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from megatron_nucleus.core.optimizer import shards
 
 
 class ClipReport(NamedTuple):
@@ -20,34 +23,68 @@ class ClipReport(NamedTuple):
 
 
 @torch.no_grad()
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """L2 norm over all values of all tensors; an fp32 scalar tensor on the first one's device.
+def local_square_sum(params: Iterable[nn.Parameter]) -> Tensor:
+    """This rank's share of the squared gradient norm; the sum over all ranks is the square of the global norm.
 
-    An empty list has norm 0. The CPU kernel adds one value after the other, which in fp32 loses 4e-4 at 1e6
-    equal values, so it accumulates in fp64; the GPU's tree sums stay in fp32.
+    A shard that n ranks hold counts 1/n on each of them. Parameters without a gradient are left out.
+
+    The CPU kernel adds one value after the other, which in fp32 loses 4e-4 at 1e6 equal values, so it
+    accumulates in fp64; the GPU's tree sums of one tensor stay in fp32.
+
+    Returns:
+        fp64 scalar tensor on the parameters' device; 0 without gradients.
     """
-    if not tensors:
-        return torch.zeros(())
-    accumulate = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
+    params = list(params)
+    by_copies: dict[int, list[Tensor]] = {}
+    for grad in [p.grad for p in params]:
+        if grad is not None:
+            by_copies.setdefault(shards.copies(grad), []).append(grad)
+    sums = [_square_sum(shards.local(grads)) / copies for copies, grads in by_copies.items()]
+    if not sums:
+        return torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
+    return torch.stack(sums).sum()
+
+
+def _square_sum(tensors: list[Tensor]) -> Tensor:
+    device = tensors[0].device
+    accumulate = torch.float64 if device.type == "cpu" else torch.float32
     norms = torch._foreach_norm(tensors, 2, dtype=accumulate)
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).float()
+    return torch.stack([n.to(device) for n in norms]).double().square().sum()
 
 
 @torch.no_grad()
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> ClipReport:
+def scale_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients by min(1, max_norm/norm) in place.
 
     Args:
         params: parameters; those without a gradient are left out.
+        norm: global norm, a scalar tensor on the gradients' device.
+        max_norm: largest global norm; 0 leaves the gradients as they are.
+    """
+    grads = shards.local(p.grad for p in params if p.grad is not None)
+    if max_norm > 0 and grads:
+        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # 1e-6: as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(grads, factor)
+
+
+def clip_gradients(
+    params: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None = None
+) -> ClipReport:
+    """Measure the global norm and scale all gradients by min(1, max_norm/norm) in place.
+
+    Args:
+        params: parameters; those without a gradient are left out.
         max_norm: largest global norm; 0 measures without clipping.
+        group: all ranks of the run, which add up 8 bytes each; None = this process has all gradients.
 
     Returns:
         The norm before clipping and whether it is finite. With a norm that is not finite the gradients are
         worthless afterwards: the caller skips the update.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = global_norm(grads)
-    if max_norm > 0 and grads:
-        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # 1e-6: as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(grads, factor)
+    params = list(params)
+    square_sum = local_square_sum(params)
+    if group is not None:
+        dist.all_reduce(square_sum, group=group)
+    norm = square_sum.sqrt().float()
+    scale_gradients(params, norm, max_norm)
     return ClipReport(norm, torch.isfinite(norm))

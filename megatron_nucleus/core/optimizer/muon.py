@@ -2,17 +2,22 @@
 
 The update rule is that of `muon_reference.py`; here it runs as batched matmuls without a loop over experts.
 The experts are 90 % of the published model's parameters, so this is where an optimizer step spends its time.
+On many ranks each holds whole experts and works alone on them. Dense matrices are cut into rows over ranks: they
+come together at one owner each (`exchange.py`), and the experts' work hides the way.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megatron_nucleus.core.optimizer.param_groups import SPLITS
+from megatron_nucleus.core.optimizer import shards
+from megatron_nucleus.core.optimizer.exchange import STAGES, Exchange
+from megatron_nucleus.core.optimizer.param_groups import SPLITS, matrices
 
 # One step maps every singular value s (the largest is at most 1) to a*s + b*s^3 + c*s^5.
 # Five or more steps: Keller Jordan's coefficients; values above 0.003 end in [0.68, 1.21].
@@ -45,10 +50,21 @@ class MuonParam(NamedTuple):
     weight_decay: float
 
 
-class _Slot(NamedTuple):
-    """Matrices [low, high) of a parameter's leading axis, and where they lie in a batch's stack."""
+class _Source(NamedTuple):
+    """A tensor of matrices to orthogonalise on this rank; index: its position in the list it is read from."""
 
     index: int
+    split: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class _Slot(NamedTuple):
+    """Matrices [low, high) of a source's leading axis, and where they lie in a batch's stack."""
+
+    index: int
+    split: str
     low: int
     high: int
     start: int
@@ -58,6 +74,8 @@ class _Slot(NamedTuple):
 class _Batch(NamedTuple):
     """Matrices of one shape, stored with rows <= columns."""
 
+    device: torch.device
+    dtype: torch.dtype
     rows: int
     columns: int
     count: int
@@ -73,13 +91,14 @@ def newton_schulz(stack_nrc: Tensor, steps: int) -> Tensor:
     """Orthogonalise every matrix of a stack.
 
     Args:
-        stack_nrc: [n, r, c] with r <= c (the Gram matrix is r x r), fp32 or bf16; used as work space.
+        stack_nrc: [n, r, c] with r <= c (the Gram matrix is r x r), fp32, bf16 or fp64; used as work space.
         steps: Newton-Schulz steps, at least 3; see `coefficients`.
 
     Returns:
         [n, r, c] of the same dtype, singular values about 1; may share memory with the input.
     """
-    norm = torch.linalg.vector_norm(stack_nrc, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    accumulate = torch.promote_types(stack_nrc.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(stack_nrc, dim=(1, 2), keepdim=True, dtype=accumulate)
     x = stack_nrc.mul_(norm.clamp_(min=NORM_FLOOR).reciprocal_())
     n, r, _ = x.shape
     gram, poly, other = x.new_empty(n, r, r), x.new_empty(n, r, r), torch.empty_like(x)
@@ -91,6 +110,13 @@ def newton_schulz(stack_nrc: Tensor, steps: int) -> Tensor:
     return x
 
 
+def newton_schulz_flops(shape: Sequence[int], steps: int) -> int:
+    """Floating-point operations of `newton_schulz` on matrices [..., rows, columns]."""
+    *lead, a, b = shape
+    r, c = min(a, b), max(a, b)
+    return math.prod(lead) * steps * (4 * r * r * c + 2 * r * r * r)
+
+
 class Muon:
     """Muon over a list of parameters.
 
@@ -100,7 +126,8 @@ class Muon:
         nesterov: look ahead by one momentum step.
         steps: Newton-Schulz steps.
         scale: update RMS is about ``scale`` whatever the shape (0.2 matches AdamW's, arXiv 2502.16982).
-        dtype: dtype of the Newton-Schulz arithmetic; None = bf16 on CUDA, fp32 elsewhere.
+        dtype: dtype of the Newton-Schulz arithmetic; None = bf16 on CUDA, the parameter's own elsewhere. Between
+            ranks directions and updates travel in it.
     """
 
     def __init__(
@@ -115,71 +142,149 @@ class Muon:
     ):
         self.params = params
         self.beta, self.nesterov, self.steps, self.scale = momentum, nesterov, steps, scale
-        self.momentum = [torch.zeros_like(p.param) for p in params]
         self.dtype = dtype
-        self._batches = _plan(params) if params else ()
+        self.momentum = [torch.zeros_like(p.param) for p in params]
+        shapes = [matrices(p.split, p.param.shape) for p in params]
+        self._scales = [scale * math.sqrt(max(shape[-2:])) for shape in shapes]  # max(fan_in, fan_out)
+        self._cut = [i for i, p in enumerate(params) if shards.is_cut(p.param)]
+        whole = [i for i, p in enumerate(params) if not shards.is_cut(p.param)]
+        parts = shards.local(p.param for p in params)
+        self._batches = _plan([self._source(i, params[i], parts[i].shape) for i in whole])
+        self._exchange: Exchange | None = None
+        if self._cut:
+            costs = [newton_schulz_flops(shapes[i], steps) for i in self._cut]
+            cut = [params[i] for i in self._cut]
+            self._exchange = Exchange({p.name: p.param for p in cut}, costs, self._arithmetic(cut[0].param))
+            owned = [cut[i] for i in self._exchange.owned]
+            self._owned_batches = _plan([self._source(k, p, p.param.shape) for k, p in enumerate(owned)])
 
     def tensors(self) -> dict[str, Tensor]:
         """State by stable name; filling these tensors in place restores the optimizer."""
         return {f"muon.momentum.{p.name}": m for p, m in zip(self.params, self.momentum, strict=True)}
 
-    @torch.no_grad()
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank sends to other ranks per step, by stage: ``gather``, ``return``, ``replicate``."""
+        return self._exchange.traffic() if self._exchange else dict.fromkeys(STAGES, 0)
+
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient. lr: learning rate before the groups' factors."""
+        self.start(lr)
+        self.finish(lr)
+
+    @torch.no_grad()
+    def start(self, lr: float) -> None:
+        """Update all but the matrices that are cut. Their updates are on the way then: call `finish` for them."""
         if not self.params:
             return
-        grads = [p.param.grad for p in self.params]
-        weights = [p.param for p in self.params]
-        torch._foreach_lerp_(self.momentum, grads, 1.0 - self.beta)
-        for param in self.params:
+        weights = shards.local(p.param for p in self.params)
+        grads = shards.local(p.param.grad for p in self.params)
+        momentum = shards.local(self.momentum)
+        torch._foreach_lerp_(momentum, grads, 1.0 - self.beta)
+        for param, weight in zip(self.params, weights, strict=True):
             if param.weight_decay:
-                param.param.mul_(1.0 - lr * param.lr_factor * param.weight_decay)
-        for batch in self._batches:
-            stack = self._gather(batch, grads)
-            self._apply(batch, newton_schulz(stack, self.steps), weights, lr)
+                weight.mul_(1.0 - lr * param.lr_factor * param.weight_decay)
+        if self._exchange is None:
+            self._update(self._batches, weights, grads, momentum, lr)
+            return
+        half = len(self._batches) // 2  # half of the experts' work hides the way there, half the way back
+        self._exchange.gather(self._directions(grads, momentum))
+        self._update(self._batches[:half], weights, grads, momentum, lr)
+        self._exchange.give_back(self._orthogonalize(self._exchange.assemble()))
+        self._update(self._batches[half:], weights, grads, momentum, lr)
+        self._exchange.replicate()
 
-    def _views(self, slot: _Slot, tensors: list[Tensor]) -> Tensor:
-        """The slot's matrices of a parameter-shaped tensor, turned so that rows <= columns."""
-        view = SPLITS[self.params[slot.index].split](tensors[slot.index])[slot.low : slot.high]
-        return view.mT if view.shape[-2] > view.shape[-1] else view
+    @torch.no_grad()
+    def finish(self, lr: float) -> None:
+        """Apply the updates that `start` left on their way. lr: as given to `start`."""
+        if self._exchange is None:
+            return
+        weights = shards.local(self.params[i].param for i in self._cut)
+        for i, weight, update in zip(self._cut, weights, self._exchange.collect(), strict=True):
+            weight.add_(update, alpha=self._rate(i, lr))
 
-    def _gather(self, batch: _Batch, grads: list[Tensor]) -> Tensor:
-        like = grads[batch.slots[0].index]
-        dtype = self.dtype or (torch.bfloat16 if like.is_cuda else like.dtype)
-        stack = torch.empty(batch.count, batch.rows, batch.columns, dtype=dtype, device=like.device)
-        for slot in batch.slots:
-            direction = self._views(slot, self.momentum)
-            if self.nesterov:
-                direction = torch.lerp(self._views(slot, grads), direction, self.beta)
-            stack[slot.start : slot.start + slot.count].view(direction.shape).copy_(direction)
-        return stack
+    def _arithmetic(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype or (torch.bfloat16 if tensor.is_cuda else tensor.dtype)
 
-    def _apply(self, batch: _Batch, update: Tensor, weights: list[Tensor], lr: float) -> None:
-        scale = self.scale * math.sqrt(batch.columns)  # columns = max(fan_in, fan_out)
-        for slot in batch.slots:
-            view = self._views(slot, weights)
-            part = update[slot.start : slot.start + slot.count].view(view.shape)
-            view.add_(part, alpha=-lr * self.params[slot.index].lr_factor * scale)
+    def _source(self, index: int, param: MuonParam, shape: Sequence[int]) -> _Source:
+        return _Source(index, param.split, shape, self._arithmetic(param.param), param.param.device)
+
+    def _rate(self, index: int, lr: float) -> float:
+        return -lr * self.params[index].lr_factor * self._scales[index]
+
+    def _directions(self, grads: list[Tensor], momentum: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of what the exchange sends."""
+        sent = [self._cut[i] for i in self._exchange.sent]
+        momentum = [momentum[i] for i in sent]
+        if not (self.nesterov and sent):
+            return momentum
+        return torch._foreach_lerp([grads[i] for i in sent], momentum, self.beta)
+
+    def _update(
+        self,
+        batches: tuple[_Batch, ...],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        momentum: list[Tensor],
+        lr: float,
+    ) -> None:
+        """Orthogonalise and apply matrices that lie whole on this rank."""
+
+        def direction(slot: _Slot) -> Tensor:
+            average = _views(slot, momentum)
+            return torch.lerp(_views(slot, grads), average, self.beta) if self.nesterov else average
+
+        for batch in batches:
+            update = newton_schulz(_stack(batch, direction), self.steps)
+            for slot in batch.slots:
+                view = _views(slot, weights)
+                view.add_(_part(slot, update).view(view.shape), alpha=self._rate(slot.index, lr))
+
+    def _orthogonalize(self, owned: list[Tensor]) -> list[Tensor]:
+        """Orthogonalise the matrices of tensors in place."""
+        for batch in self._owned_batches:
+            update = newton_schulz(_stack(batch, lambda slot: _views(slot, owned)), self.steps)
+            for slot in batch.slots:
+                view = _views(slot, owned)
+                view.copy_(_part(slot, update).view(view.shape))
+        return owned
 
 
-def _plan(params: list[MuonParam]) -> tuple[_Batch, ...]:
-    """Group the matrices of all parameters by shape and device into batches of bounded size."""
+def _views(slot: _Slot, tensors: list[Tensor]) -> Tensor:
+    """The slot's matrices of its tensor, turned so that rows <= columns."""
+    view = SPLITS[slot.split](tensors[slot.index])[slot.low : slot.high]
+    return view.mT if view.shape[-2] > view.shape[-1] else view
+
+
+def _part(slot: _Slot, stack: Tensor) -> Tensor:
+    return stack[slot.start : slot.start + slot.count]
+
+
+def _stack(batch: _Batch, read: Callable[[_Slot], Tensor]) -> Tensor:
+    """Copy the slots' matrices, as ``read`` gives them, behind each other."""
+    stack = torch.empty(batch.count, batch.rows, batch.columns, dtype=batch.dtype, device=batch.device)
+    for slot in batch.slots:
+        matrices = read(slot)
+        _part(slot, stack).view(matrices.shape).copy_(matrices)
+    return stack
+
+
+def _plan(sources: list[_Source]) -> tuple[_Batch, ...]:
+    """Group the matrices of all sources by shape, dtype and device into batches of bounded size."""
     pending: dict[tuple, list[_Slot]] = {}
     filled: dict[tuple, int] = {}
     batches = []
 
     def flush(key: tuple) -> None:
         if pending.get(key):
-            batches.append(_Batch(key[1], key[2], filled[key], tuple(pending[key])))
+            batches.append(_Batch(*key, filled[key], tuple(pending[key])))
         pending[key], filled[key] = [], 0
 
-    for index, param in enumerate(params):
-        view = SPLITS[param.split](param.param)
-        rows, columns = sorted(view.shape[-2:])
-        key = (param.param.device, rows, columns)
-        lead = view.shape[0]
-        per_row = math.prod(view.shape[1:-2])  # matrices per step along the leading axis
-        values = BATCH_VALUES["cpu" if param.param.device.type == "cpu" else "cuda"]
+    for source in sources:
+        lead, *inner, a, b = matrices(source.split, source.shape)
+        rows, columns = min(a, b), max(a, b)
+        key = (source.device, source.dtype, rows, columns)
+        per_row = math.prod(inner)  # matrices per step along the leading axis
+        values = BATCH_VALUES["cpu" if source.device.type == "cpu" else "cuda"]
         limit = max(per_row, values // (rows * columns))
         low = 0
         while low < lead:
@@ -190,7 +295,7 @@ def _plan(params: list[MuonParam]) -> tuple[_Batch, ...]:
                 continue
             high = min(lead, low + room)
             count = (high - low) * per_row
-            pending.setdefault(key, []).append(_Slot(index, low, high, used, count))
+            pending.setdefault(key, []).append(_Slot(source.index, source.split, low, high, used, count))
             filled[key] = used + count
             low = high
     for key in list(pending):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_nucleus.core.optimizer import param_groups
 from megatron_nucleus.core.optimizer.adamw import AdamW, AdamWParam
 from megatron_nucleus.core.optimizer.muon import Muon, MuonParam
-from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, SPLITS, Rule
+from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, Rule, matrices
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -83,8 +83,9 @@ class Optimizer:
                 f"optimizer: parameter '{missing[0]}' has no gradient ({len(missing)} in all); freeze it "
                 "with requires_grad_(False) before the optimizer is built, or use it in the loss"
             )
-        self.muon.step(lr)
-        self.adamw.step(lr)
+        self.muon.start(lr)
+        self.adamw.step(lr)  # while Muon's results travel
+        self.muon.finish(lr)
 
     def zero_grad(self) -> None:
         """Drop all gradients (set to None: the next backward writes instead of adding)."""
@@ -94,7 +95,8 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """All state tensors by stable name (``muon.momentum.<param>``, ``adamw.exp_avg.<param>``, ...).
 
-        The tensors are the live state: copying into them restores it. Values that are not tensors: `scalars`.
+        The tensors are the live state: copying into them restores it. State of a sharded parameter is a DTensor
+        sharded alike, of the parameter's global shape. Values that are not tensors: `scalars`.
         """
         return self.muon.tensors() | self.adamw.tensors()
 
@@ -120,19 +122,22 @@ class Optimizer:
                 row["tensors"] += 1
                 row["parameters"] += self.params[name].numel()
                 if kind == "muon":
-                    view = SPLITS[rule.split](self.params[name])
-                    row["matrices"] += view[..., 0, 0].numel()
+                    row["matrices"] += matrices(rule.split, self.params[name].shape)[:-2].numel()
         return list(rows.values())
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """Assign every trainable parameter to its row of the table and create the state.
 
+    Sharded parameters (DTensor) must be sharded before. Every rank of their mesh then builds the optimizer and
+    takes each step together with the others.
+
     Parameters are kept in fp32 (fp64 in tests); lower precision belongs into the forward pass, because an
     update of relative size lr is lost in a bf16 weight.
 
     Raises:
-        ConfigError: a parameter that no row knows, or one that is not fp32.
+        ConfigError: a parameter that no row knows, one that is not fp32, or a matrix that is cut into something
+            else than blocks of rows.
     """
     factors = param_groups.parse_lr_factors(config.lr_factors)
     muon, adamw, rules, params = [], [], {}, {}

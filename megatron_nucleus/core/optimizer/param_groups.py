@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from megatron_nucleus.utils.errors import ConfigError, nearest
@@ -23,6 +24,11 @@ SPLITS: dict[str, Callable[[Tensor], Tensor]] = {
     "per expert, gate|up columns": lambda p: p.unflatten(2, (2, -1)).movedim(2, 1),
 }
 NO_SPLIT = "-"
+
+
+def matrices(split: str, shape: Sequence[int]) -> torch.Size:
+    """Shape [..., rows, columns] of a parameter of ``shape`` seen as matrices; split: key of `SPLITS`."""
+    return SPLITS[split](torch.empty(shape, device="meta")).shape
 
 
 @dataclasses.dataclass(frozen=True)

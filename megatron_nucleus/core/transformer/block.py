@@ -38,6 +38,9 @@ class TransformerBlock(nn.Module):
 
     def project_text(self, text_BLU: Tensor, rotation_LK: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised text features -> this block's text keys and values, [B, L, G, K] each."""
+        return self._project_text(text_BLU, rotation_LK)
+
+    def _project_text(self, text_BLU: Tensor, rotation_LK: Tensor) -> tuple[Tensor, Tensor]:
         return self.attention.project_text(self.text_in(text_BLU), rotation_LK)
 
     def forward(
@@ -54,7 +57,7 @@ class TransformerBlock(nn.Module):
         rotations: rotary tables of the image tokens and of the text tokens.
         """
         scale1, gate1, scale2, gate2 = self.modulation(act_BD).chunk(4, dim=-1)
-        text_kv = text if isinstance(text, tuple) else self.project_text(text, rotations[1])
+        text_kv = text if isinstance(text, tuple) else self._project_text(text, rotations[1])
         modulated_BSD, _ = self.kernels.modulated_layer_norm(x_BSD, scale1, EPS)
         x_BSD = torch.addcmul(
             x_BSD, _gate(gate1), self.attention(modulated_BSD, text_kv, mask_BT, rotations[0])

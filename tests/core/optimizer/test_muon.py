@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nucleus.core.optimizer import muon as muon_module
-from megatron_nucleus.core.optimizer.muon import Muon, MuonParam, coefficients, newton_schulz
+from megatron_nucleus.core.optimizer.muon import (
+    Muon,
+    MuonParam,
+    coefficients,
+    newton_schulz,
+    newton_schulz_flops,
+)
 from megatron_nucleus.core.optimizer.muon_reference import muon_update, orthogonalize
 from megatron_nucleus.core.optimizer.param_groups import SPLITS
 
@@ -153,6 +160,25 @@ def test_many_steps_do_not_leave_the_band_and_any_scale_gives_one_answer():
     values = torch.linalg.svdvals(orthogonalize(matrix, steps=15))
     assert float(values.min()) > 0.68
     assert float(values.max()) < 1.21
+
+
+@pytest.mark.parametrize("steps", BANDS)
+def test_flops_are_those_of_the_matrix_products(steps):
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(torch.randn(6, 8, 20), steps)
+    assert newton_schulz_flops((2, 3, 8, 20), steps) == newton_schulz_flops((6, 20, 8), steps)
+    assert newton_schulz_flops((6, 8, 20), steps) == counter.get_total_flops()
+
+
+def test_fp64_keeps_its_precision():
+    matrix = torch.randn(12, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    torch.testing.assert_close(
+        newton_schulz(matrix[None].clone(), 5)[0], orthogonalize(matrix), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_one_process_sends_nothing():
+    assert Muon(make_params(), **SETTINGS).traffic() == {"gather": 0, "return": 0, "replicate": 0}
 
 
 def test_update_rms_does_not_depend_on_the_shape():

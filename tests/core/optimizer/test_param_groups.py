@@ -50,7 +50,7 @@ def test_splits_are_the_matrices_that_multiply_tokens():
     E, D, F = 3, 4, 5
     gate_up = torch.randn(E, D, 2 * F)
     stack = SPLITS["per expert, gate|up columns"](gate_up)
-    assert stack.shape == (E, 2, D, F)
+    assert stack.shape == (E, 2, D, F) == param_groups.matrices("per expert, gate|up columns", gate_up.shape)
     x = torch.randn(7, D)
     for e in range(E):
         gate, up = (x @ gate_up[e]).chunk(2, dim=-1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_nucleus.core.optimizer.clip import clip_gradients, global_norm
+from megatron_nucleus.core.optimizer.clip import clip_gradients, local_square_sum, scale_gradients
 from megatron_nucleus.core.optimizer.schedule import ScheduleConfig, build_schedule
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_clipping_equals_torch(scale):
     assert bool(report.finite)
     for a, b in zip(ours[:-1], theirs[:-1], strict=True):
         torch.testing.assert_close(a.grad, b.grad)
-    assert float(global_norm([p.grad for p in ours[:-1]])) <= 1.0 + 1e-5
+    assert float(local_square_sum(ours)) <= 1.0 + 1e-5
     assert ours[-1].grad is None
 
 
@@ -70,10 +70,32 @@ def test_a_single_bad_value_is_seen(bad):
     assert report.finite.dtype == torch.bool
 
 
+def test_the_norm_may_come_from_elsewhere():
+    """A caller that sums the squares itself, over ranks, scales by what it found: 10 is brought to 2.5."""
+    params = make_params(1.0)
+    before = [p.grad.clone() for p in params[:-1]]
+    scale_gradients(params, torch.tensor(10.0), 2.5)
+    for p, g in zip(params, before, strict=False):
+        torch.testing.assert_close(p.grad, g * 0.25)
+    scale_gradients(params, torch.tensor(2.0), 2.5)
+    for p, g in zip(params, before, strict=False):
+        torch.testing.assert_close(p.grad, g * 0.25, msg="a norm below the limit changes nothing")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_of_many_values_does_not_lose_them(dtype):
-    values = torch.full((1_000_000,), 0.01, dtype=dtype)
-    norm = global_norm([values, values[:10]])
-    assert float(norm) == pytest.approx(float(values[0]) * math.sqrt(1_000_010), rel=1e-6)
+    params = [nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (1_000_000, 10)]
+    for p in params:
+        p.grad = torch.full_like(p, 0.01)
+    square_sum = local_square_sum(params)
+    assert square_sum.dtype == torch.float64
+    assert float(square_sum) == pytest.approx(float(params[0].grad[0]) ** 2 * 1_000_010, rel=1e-9)
+    norm = clip_gradients(params, 0.0).norm
     assert norm.dtype == torch.float32
-    assert float(global_norm([])) == 0.0
+    assert float(norm) == pytest.approx(math.sqrt(float(square_sum)), rel=1e-7)
+
+
+def test_without_gradients_the_norm_is_zero():
+    assert float(local_square_sum([])) == 0.0
+    assert local_square_sum([nn.Parameter(torch.zeros(2))]).dtype == torch.float64
+    assert float(clip_gradients([nn.Parameter(torch.zeros(2))], 1.0).norm) == 0.0

@@ -1,0 +1,42 @@
+"""What a rank holds of a parameter. A sharded parameter is a `torch.distributed.tensor.DTensor`.
+
+One is known by its methods: importing the class takes half a second, which a single process need not pay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each tensor, sharing its memory; a plain tensor is its own part. For `torch.no_grad`.
+
+    Arithmetic value by value runs on these: a DTensor's own operations cost more than small updates do.
+    """
+    return [t.to_local() if is_sharded(t) else t for t in tensors]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is spread over a mesh of ranks."""
+    return hasattr(tensor, "to_local")
+
+
+def copies(tensor: Tensor) -> int:
+    """How many ranks hold the very values that this rank holds of ``tensor``."""
+    if not is_sharded(tensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(axis) for axis, p in enumerate(tensor.placements) if p.is_replicate())
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether the matrices (last two axes) of ``tensor`` may lie on several ranks, so that none can work alone.
+
+    Experts are spread over their leading axis and stay whole. So does what a mesh of a single rank holds.
+    """
+    if not is_sharded(tensor) or tensor.device_mesh.size() == 1:
+        return False
+    return any(not p.is_replicate() and p.dim >= tensor.ndim - 2 for p in tensor.placements)
