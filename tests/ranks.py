@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import socket
+import sys
 import time
 import traceback
 import uuid
@@ -91,3 +93,75 @@ def _rank_main(
         writer.send((True, traceback.format_exc()))
     writer.close()
     os._exit(0)  # no orderly goodbye: another rank may have failed
+
+
+class Launch:
+    """``tools/train.py ARGV`` on several ranks, as a launcher starts it: exit codes, signals and stderr are real.
+
+    Use it as a context manager; no process outlives it. Rank 0 hosts the rendezvous store.
+
+    Args:
+        folder: of this launch; ``rank_0.err`` and so on hold what the ranks wrote to stderr.
+        before: importable function called as ``before(rank)`` in each rank first, to break something in it.
+    """
+
+    def __init__(self, world: int, argv: list, folder: Path, before: Callable | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, port = folder, free_port()
+        self.processes = [
+            _CONTEXT.Process(
+                target=_tool_main, args=(rank, world, port, list(map(str, argv)), str(folder), before)
+            )
+            for rank in range(world)
+        ]
+
+    def __enter__(self) -> Launch:
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def exit_codes(self, timeout_s: float = 90.0) -> list[int]:
+        """Of all ranks, once all have ended; negative where a signal ended one."""
+        deadline = time.monotonic() + timeout_s
+        for rank, process in enumerate(self.processes):
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert process.exitcode is not None, f"rank {rank} still runs: {self.stderr(rank)[-2000:]}"
+        return [process.exitcode for process in self.processes]
+
+    def stderr(self, rank: int) -> str:
+        """What a rank wrote to stderr so far."""
+        path = self.folder / f"rank_{rank}.err"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+def free_port() -> int:
+    """A TCP port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _tool_main(
+    rank: int, world: int, port: int, argv: list[str], folder: str, before: Callable | None
+) -> None:
+    import torch
+
+    from megatron_nucleus.utils import cli
+    from tools.train import main
+
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{folder}/rank_{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+        os.dup2(file, number)
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if before is not None:
+        before(rank)
+    cli.run(lambda: main(argv), "the same command goes on from the newest checkpoint")

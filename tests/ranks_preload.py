@@ -5,4 +5,6 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
+import megatron_nucleus.training.training
+
 torch.set_num_threads(1)

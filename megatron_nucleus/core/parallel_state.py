@@ -247,9 +247,7 @@ def _explain_experts(layout: Layout) -> str:
     stored, computed = len(layout.experts_of(0)), len(layout.experts_computed_by(0))
     text = f"stores and computes {stored} of {layout.experts}"
     if stored != computed:
-        text = (
-            f"stores {stored} of {layout.experts} and computes the {computed} of its efsdp group"
-        )
+        text = f"stores {stored} of {layout.experts} and computes the {computed} of its efsdp group"
     return text if layout.ep == 1 else f"{text}; tokens for the others travel over ep"
 
 

@@ -1,7 +1,7 @@
-"""Spreads a single-device model over ranks: experts, then activation checkpointing, then compile, then FSDP.
+"""Spreads a single-device model over ranks: experts, then compile, then activation checkpointing, then FSDP.
 
 The model files know nothing of it. The order matters: the experts must be in their final place before FSDP cuts
-them further, recomputation must be inside what is compiled, and FSDP's hooks stay outside of both.
+them further, recomputation repeats what was compiled, and FSDP's hooks stay outside of both.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def parallelize(
     if parallel.world > 1:
         _share_experts(model, config, parallel)
     for block in model.blocks:
+        if config.compile_blocks:
+            _compile(block)
         if config.recompute_granularity != "none":
             block.forward = recomputing(block.forward, config.recompute_granularity)
-        if config.compile_blocks:
-            block.forward = torch.compile(block.forward)
     if parallel.world > 1:
         _shard(model, config, parallel, bf16)
     return model
@@ -63,6 +63,14 @@ def expert_bytes_exchanged(model: NucleusTransformer) -> int:
     """Bytes that this rank handed to all-to-alls since the last call (`collectives.Traffic`)."""
     dispatchers = (block.moe.dispatcher for block in model.blocks if block.is_moe)
     return sum(d.traffic.take() for d in dispatchers if isinstance(d, AllToAllDispatcher))
+
+
+def _compile(block: TransformerBlock) -> None:
+    """Compile a block around its routing: exchanges, FSDP's hooks and kept choices stay as they are written."""
+    if block.is_moe:
+        block.moe.forward = torch.compiler.disable(block.moe.forward)
+        block.moe.shared_expert.forward = torch.compile(block.moe.shared_expert.forward)
+    block.forward = torch.compile(block.forward)
 
 
 def _share_experts(model: NucleusTransformer, config: ParallelConfig, parallel: ParallelState) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_nucleus.core.models.presets import ModelShape
@@ -97,12 +97,38 @@ def newest_checkpoint(folder: Path) -> Path:
     pointer = folder / "latest"
     if not pointer.is_file():
         return list_steps(folder)[-1]
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    step = _named_by(pointer)
+    if not step.is_dir():
+        raise DataError(f"{step}: missing although {pointer} names it")
+    return step
+
+
+def resume_order(folder: Path) -> tuple[list[Path], str | None]:
+    """Step folders in the order in which a run should try to resume from them, and what is wrong with `latest`.
+
+    First the one that `latest` names, then older ones, newest first. Newer ones stem from before the run went back
+    to `latest` and are left out. Where `latest` is missing or damaged: all of them, newest first.
+    """
+    steps, pointer = list_steps(folder)[::-1], folder / "latest"
+    if not pointer.is_file():
+        return steps, f"{pointer}: missing"
+    try:
+        named = _named_by(pointer)
+    except DataError as error:
+        return steps, str(error)
+    problem = None if named.is_dir() else f"{named}: missing although {pointer} names it"
+    return [step for step in steps if step_number(step) <= step_number(named)], problem
+
+
+def _named_by(pointer: Path) -> Path:
+    """The step folder, there or not, whose name stands in the file `latest`."""
+    try:
+        name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise DataError(f"{pointer}: cannot be read ({error.strerror})") from error
     if not _STEP_NAME.fullmatch(name):
         raise DataError(f"{pointer}: should hold a name such as step_00001200, found {name[:40]!r}")
-    if not (folder / name).is_dir():
-        raise DataError(f"{folder / name}: missing although {pointer} names it")
-    return folder / name
+    return pointer.parent / name
 
 
 def list_branch(folder: Path) -> list[Path]:
@@ -125,13 +151,17 @@ def find_complete(damaged: Path) -> Path | None:
     named = _STEP_NAME.fullmatch(damaged.name) is not None
     others = [s for s in list_steps(damaged.parent if named else damaged) if s != damaged]
     older = [s for s in others if not named or step_number(s) < step_number(damaged)]
-    for step in [*reversed(older), *(s for s in others if s not in older)]:
-        try:
-            verify(step)
-        except UserError:
-            continue
-        return step
-    return None
+    ordered = [*reversed(older), *(s for s in others if s not in older)]
+    return next((step for step in ordered if is_complete(step)), None)
+
+
+def is_complete(step: Path) -> bool:
+    """Whether everything in a step folder is as its manifest says (reads it all)."""
+    try:
+        verify(step)
+    except UserError:
+        return False
+    return True
 
 
 def advice(damaged: Path) -> str:
@@ -185,22 +215,36 @@ def verify(
     Raises:
         DataError: naming the first file that is missing, truncated, altered or unlisted.
     """
-    parts = tuple(parts)
-    listed = read_manifest(folder)
-    for name, entry in listed.items():
-        if not name.startswith(parts):
-            continue
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise DataError(f"{path}: has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
-        if checksums and sha256_file(path) != entry["sha256"]:
-            raise DataError(f"{path}: altered since it was written (SHA-256 differs from the manifest)")
+    check_files(folder, listed_files(folder, parts), checksums)
+
+
+def listed_files(
+    folder: Path, parts: Iterable[str] = ("model/", "optimizer/", "state.json")
+) -> dict[str, dict]:
+    """Manifest entries of ``parts``; DataError when a tensor file is there that the manifest does not list."""
+    parts, listed = tuple(parts), read_manifest(folder)
     for part in parts:
         for path in sorted((folder / part).glob("*.safetensors")) if part.endswith("/") else ():
             if path.relative_to(folder).as_posix() not in listed:
                 raise DataError(f"{path}: not in the manifest of its checkpoint; remove it")
+    return {name: entry for name, entry in listed.items() if name.startswith(parts)}
+
+
+def check_files(folder: Path, entries: Mapping[str, dict], checksums: bool = True) -> None:
+    """Compare files with their manifest entries: the part of `verify` that takes time, for one rank's share."""
+    for name, entry in entries.items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise DataError(f"{path}: missing")
+            if path.stat().st_size != entry["bytes"]:
+                raise DataError(
+                    f"{path}: has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+                )
+            if checksums and sha256_file(path) != entry["sha256"]:
+                raise DataError(f"{path}: altered since it was written (SHA-256 differs from the manifest)")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def verify_or_advise(folder: Path, parts: Iterable[str], checksums: bool = True) -> None:
@@ -213,10 +257,15 @@ def verify_or_advise(folder: Path, parts: Iterable[str], checksums: bool = True)
 
 def open_tensors(folder: Path, part: str = "model") -> TensorStore:
     """Lazy reader of the ``model`` or ``optimizer`` tensors that the manifest lists."""
+    return TensorStore(part_files(folder, part))
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """Files of the ``model`` or ``optimizer`` tensors that the manifest lists; DataError when there are none."""
     names = [n for n in read_manifest(folder) if n.startswith(part + "/") and n.endswith(".safetensors")]
     if not names:
         raise DataError(f"{folder / part}: holds no tensors; copy the checkpoint again")
-    return TensorStore(folder / name for name in names)
+    return [folder / name for name in names]
 
 
 def read_state(folder: Path) -> dict:

@@ -12,6 +12,7 @@ from megatron_nucleus.core.kernels import KernelConfig
 from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
 from megatron_nucleus.core.optimizer.schedule import ScheduleConfig
+from megatron_nucleus.core.parallel_state import ParallelConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.inference.sampler import SamplerConfig
@@ -46,19 +47,14 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = knob(
         None, "save and stop (exit code 4) after this long", unit="minutes"
     )
-    max_skipped_in_a_row: int = knob(
-        10, "stop after so many steps in a row without a finite gradient", unit="steps"
+    async_save: bool = knob(False, "write checkpoints beside the training, from a copy in host memory")
+    max_skipped_in_a_row: int = knob(10, "stop after so many skipped steps in a row", unit="steps")
+    loss_spike_factor: float | None = knob(
+        20.0, "skip a step in which a rank's loss exceeds the running mean by this factor; none = never"
     )
     peak_tflops: float | None = knob(
         None, "device peak for MFU; None = the table's, if it knows it", unit="TFLOP/s"
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class ParallelConfig:
-    """How the model is spread over ranks."""
-
-    expert_model_parallel_size: int = knob(1, "ranks that share one set of experts", unit="ranks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +73,24 @@ class RunConfig:
     parallel: ParallelConfig
     kernels: KernelConfig
 
-    @property
-    def micro_batch_size(self) -> int:
-        """Images per forward pass on this rank."""
-        return self.training.micro_batch_size or self.training.global_batch_size
 
-    @property
-    def accumulation_steps(self) -> int:
-        """Forward passes per optimizer step."""
-        return self.training.global_batch_size // self.micro_batch_size
+def batch_split(run: RunConfig, world: int) -> tuple[int, int]:
+    """(images of one forward pass on a rank, forward passes per optimizer step) for ``world`` ranks.
+
+    Raises:
+        ConfigError: the global batch is no multiple of micro-batch x ranks, or smaller pieces than chunks.
+    """
+    total, micro = run.training.global_batch_size, run.training.micro_batch_size
+    if total % ((micro or 1) * world):
+        of_what = f"--micro-batch-size {micro} x {world} ranks" if micro else f"the {world} ranks"
+        raise ConfigError(f"--global-batch-size {total}: must be a multiple of {of_what}")
+    micro = micro or total // world
+    chunks = run.parallel.moe_overlap_chunks
+    if run.parallel.expert_model_parallel_size > 1 and micro < chunks:
+        raise ConfigError(
+            f"--moe-overlap-chunks {chunks}: a rank's micro-batch has {micro} images; at most so many chunks"
+        )
+    return micro, total // (micro * world)
 
 
 def parse_run(
@@ -141,11 +146,8 @@ def check(run: RunConfig) -> None:
         raise ConfigError(f"--sigma-std {run.flow.sigma_std}: must be positive")
     if run.flow.sigma_tokens_low == run.flow.sigma_tokens_high:
         raise ConfigError(f"--sigma-tokens-low and --sigma-tokens-high are both {run.flow.sigma_tokens_low}")
-    if run.parallel.expert_model_parallel_size != 1:
-        raise ConfigError(
-            f"--expert-model-parallel-size {run.parallel.expert_model_parallel_size}: this run has one rank, "
-            "which holds every expert; allowed: 1"
-        )
+    if t.loss_spike_factor is not None and not t.loss_spike_factor > 1:
+        raise ConfigError(f"--loss-spike-factor {t.loss_spike_factor}: must be above 1, or none")
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -1,24 +1,20 @@
-"""From a checked configuration to a device, a run folder, a model and its encoders."""
+"""From a checked configuration to a rank among ranks, a model spread over them, and its encoders."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import datetime
 import os
-import platform
-import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
+import torch.distributed as dist
 
-import megatron_nucleus
 from megatron_nucleus.core.kernels import resolve_kernels
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape, resolve_shape
+from megatron_nucleus.core.parallel_state import ParallelState, create_groups, make_layout, single_process
+from megatron_nucleus.core.parallelize import materialise, parallelize
 from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.data.encoders import (
     LatentCodec,
@@ -28,19 +24,13 @@ from megatron_nucleus.data.encoders import (
     same_encoder,
 )
 from megatron_nucleus.data.loader import build_loader
-from megatron_nucleus.training.arguments import RunConfig
-from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.training.arguments import RunConfig, batch_split
 from megatron_nucleus.utils.devices import pick_device
-from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import exclusive, write_atomic
+from megatron_nucleus.utils.errors import ConfigError
 
-log = logging.getLogger(__name__)
-
-# What may not change within a run: everything that would make "the same run" a different one.
-# (section, key) pairs; a changed value needs a new --run-dir.
-FROZEN_KEYS = (("training", "seed"), ("data", "resolution_px"))
-FROZEN_SECTIONS = ("model", "encoders", "flow")
-MOVABLE_KEYS = (("encoders", "codec_path"), ("encoders", "text_encoder_path"))  # a model folder may move
+# torch's own timeout comes after the watchdog's, which can say who is missing.
+_GRACE_S = 120.0
+_LAUNCH = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun and examples/slurm
 
 
 class Encoders(NamedTuple):
@@ -60,29 +50,84 @@ class Encoders(NamedTuple):
     stride_px: int | None
 
 
-def initialize(run: RunConfig) -> torch.device:
-    """Choose the device, set threads, refuse a launch that this version cannot serve."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != 1:
+def initialize(run: RunConfig) -> ParallelState:
+    """Choose the device, set threads, join the other ranks and cut the groups.
+
+    Environment, as torchrun sets it: WORLD_SIZE (absent = one process), RANK, LOCAL_RANK (the GPU's number),
+    MASTER_ADDR and MASTER_PORT. A process group that exists already is used as it is.
+
+    Raises:
+        ConfigError: parallel sizes that do not fit the number of ranks, or an incomplete environment.
+    """
+    t, p = run.training, run.parallel
+    if t.cpu_threads is not None:
+        torch.set_num_threads(t.cpu_threads)
+    world = environment_number("WORLD_SIZE", 1)
+    experts = resolve_shape(run.model).num_experts
+    layout = make_layout(
+        world, experts=experts, ep=p.expert_model_parallel_size, replicate=p.data_parallel_replicate_size
+    )
+    batch_split(run, world)
+    local_rank = environment_number("LOCAL_RANK", 0)
+    device = pick_device(t.device)
+    if world == 1:
+        return single_process(device, experts)
+    if device.type == "cuda" and device.index is None:
+        device = pick_device(f"cuda:{local_rank}")
+        torch.cuda.set_device(device)
+    timeout_s = 60.0 * p.distributed_timeout_minutes + _GRACE_S
+    if not dist.is_initialized():
+        _join(device, timeout_s)
+    return create_groups(layout, device, local_rank, timeout_s)
+
+
+def _join(device: torch.device, timeout_s: float) -> None:
+    missing = [name for name in _LAUNCH if name not in os.environ]
+    if missing:
         raise ConfigError(
-            f"WORLD_SIZE={world}: this version trains on one process; start tools/train.py without torchrun"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}: start several ranks with torchrun "
+            "or with a script of examples/slurm"
         )
-    device = pick_device(run.training.device)
-    if run.training.cpu_threads is not None:
-        torch.set_num_threads(run.training.cpu_threads)
-    return device
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if on_gpu else None,
+    )
 
 
-def build_model(run: RunConfig, device: torch.device, encoders: Encoders) -> NucleusTransformer:
-    """A freshly initialised model on ``device``, fp32, in training mode; ConfigError if the encoders do not fit."""
+def leave() -> None:
+    """Take leave of the other ranks after a finished run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number from the launcher's environment; ConfigError if it is none."""
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise ConfigError(f"{name}={value}: the launcher must set it to a number")
+    return int(value)
+
+
+def build_model(run: RunConfig, parallel: ParallelState, encoders: Encoders) -> NucleusTransformer:
+    """A freshly initialised model, fp32, in training mode, spread over the ranks; each allocates what it holds.
+
+    Raises:
+        ConfigError: the encoders do not fit the model.
+    """
     shape = run_shape(run, encoders.text_dim)
     if shape.latent_channels != encoders.latent_channels:
         raise ConfigError(
             f"--latent-channels {shape.latent_channels}: the codec '{encoders.codec_spec['name']}' gives "
             f"{encoders.latent_channels}"
         )
-    kernels = resolve_kernels(run.kernels, device.type)
-    return NucleusTransformer(shape, kernels, seed=run.training.seed).to(device).train()
+    kernels = resolve_kernels(run.kernels, parallel.device.type)
+    with torch.device("meta"):
+        model = NucleusTransformer(shape, kernels)
+    parallelize(model, run.parallel, parallel, bf16=run.training.bf16)
+    materialise(model, parallel.device, run.training.seed)
+    return model.train()
 
 
 def run_shape(run: RunConfig, text_dim: int) -> ModelShape:
@@ -155,84 +200,3 @@ def _stored_widths(run: RunConfig, corpus: Corpus) -> tuple[int, int]:
     ) as loader:
         raw = next(loader)
     return raw.latents_BCHW.shape[1], raw.text.features_BLU.shape[2]
-
-
-@contextmanager
-def open_run_folder(run: RunConfig) -> Iterator[None]:
-    """Create the run folder and hold it alone; on resume check that it is still the same run.
-
-    Raises:
-        ConfigError: the folder belongs to a run with other frozen settings or to another process, or cannot be
-            written.
-        DataError: its config.yaml cannot be read.
-    """
-    folder = run.training.run_dir
-    if (folder / "config.yaml").is_file():
-        _check_same_run(_read_config(folder / "config.yaml"), cfg.to_dict(run), folder)
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(folder, "--run-dir"))
-        except OSError as error:
-            raise _not_writable(folder, error) from error
-        yield
-
-
-def save_config(run: RunConfig) -> None:
-    """Write the resolved configuration, commit and versions; ConfigError when the folder cannot be written."""
-    document = {"config": cfg.to_dict(run), "git_commit": git_commit(), "versions": versions()}
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    try:
-        write_atomic(run.training.run_dir / "config.yaml", text)
-    except OSError as error:
-        raise _not_writable(run.training.run_dir, error) from error
-
-
-def _not_writable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--run-dir {folder}: cannot be written ({error.strerror})")
-
-
-def _read_config(path: Path) -> dict:
-    """Section -> mapping of a run's config.yaml."""
-    try:
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
-        if not all(isinstance(section, dict) for section in saved.values()):
-            raise TypeError
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is damaged ({type(error).__name__}); restore it or use a new --run-dir"
-        ) from error
-    return saved
-
-
-def _check_same_run(saved: dict, resolved: dict, folder: Path) -> None:
-    keys = [*FROZEN_KEYS, *((s, k) for s in FROZEN_SECTIONS for k in resolved[s])]
-    for section, key in keys:
-        before, now = saved.get(section, {}).get(key), resolved[section][key]
-        if before != now and (section, key) not in MOVABLE_KEYS:
-            raise ConfigError(
-                f"--run-dir {folder} holds a run with {section}.{key} = {before}, now it is {now}; "
-                f"keep {before} to resume it or choose another --run-dir"
-            )
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree this package was imported from, with ``-dirty`` if changed; None outside git."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(megatron_nucleus.__file__).parent, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None
-
-
-def versions() -> dict[str, str]:
-    """Versions that a run's numbers depend on."""
-    return {
-        "megatron_nucleus": megatron_nucleus.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }

@@ -29,13 +29,19 @@ def check_previews(pipeline: Pipeline, prompts: tuple[str, ...]) -> None:
     encode_each(pipeline.text_encoder, labels, batch_size=16)
 
 
-def draw_previews(pipeline: Pipeline, prompts: tuple[str, ...], folder: Path, step: int) -> Image.Image:
-    """Write ``step_00000100.png``, a contact sheet of one picture per prompt (seed i for prompt i)."""
+def draw_previews(
+    pipeline: Pipeline, prompts: tuple[str, ...], folder: Path | None, step: int
+) -> Image.Image:
+    """Write ``step_00000100.png``, a contact sheet of one picture per prompt (seed i for prompt i).
+
+    folder: None draws without writing.
+    """
     with _evaluating(pipeline.model):
         images = pipeline.generate(list(prompts), seeds=list(range(len(prompts))), progress=False)
     sheet = contact_sheet(images, list(prompts))
-    folder.mkdir(parents=True, exist_ok=True)
-    sheet.save(folder / f"step_{step:08d}.png")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(folder / f"step_{step:08d}.png")
     return sheet
 
 

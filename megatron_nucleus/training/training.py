@@ -1,7 +1,11 @@
-"""The training loop: batches in, optimizer steps, and everything a run leaves behind."""
+"""The training loop: batches in, optimizer steps, and everything a run leaves behind.
+
+Every rank runs this same code on its own part of each global batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -9,52 +13,51 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_nucleus.core import flow
+from megatron_nucleus.core.collectives import on_first_rank
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
-from megatron_nucleus.core.optimizer.clip import ClipReport, clip_gradients
+from megatron_nucleus.core.optimizer.clip import local_square_sum, scale_gradients
 from megatron_nucleus.core.optimizer.optimizer import build_optimizer
 from megatron_nucleus.core.optimizer.schedule import build_schedule
+from megatron_nucleus.core.parallel_state import ParallelState
+from megatron_nucleus.core.parallelize import expert_bytes_exchanged
 from megatron_nucleus.data.dataset import Corpus, open_corpus
 from megatron_nucleus.data.features import FeatureExtractor
 from megatron_nucleus.data.loader import Loader, build_loader
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.training import flops
-from megatron_nucleus.training.arguments import RunConfig
+from megatron_nucleus.training.arguments import RunConfig, batch_split
 from megatron_nucleus.training.checkpointing import Checkpointer
-from megatron_nucleus.training.faults import SkipCounter, StopRequest
+from megatron_nucleus.training.faults import SkipRule, StopRequest
 from megatron_nucleus.training.initialize import (
     Encoders,
     build_encoders,
     build_model,
     initialize,
-    open_run_folder,
-    save_config,
 )
 from megatron_nucleus.training.losses import flow_loss, router_z_loss
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
 from megatron_nucleus.training.previews import check_previews, draw_previews, draw_routing_map
+from megatron_nucleus.training.run_folder import log_to_folder, open_run_folder, save_config
 from megatron_nucleus.training.run_state import (
     check_sampling,
     checkpoint_extra,
     restore,
     sampling_settings,
 )
+from megatron_nucleus.training.step_report import StepLosses, StepReport, share_step
+from megatron_nucleus.training.timers import PartTimer, StepTimer
+from megatron_nucleus.training.watchdog import Watchdog, watch_ranks
 from megatron_nucleus.types import Batch, TrainState
 from megatron_nucleus.utils.errors import StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes
 
 log = logging.getLogger(__name__)
 
-
-class StepLosses(NamedTuple):
-    """Means over the global batch: fp32 scalar tensors, detached."""
-
-    loss: Tensor
-    flow_loss: Tensor
-    router_z_loss: Tensor
+LONG_PHASE_S = 3600.0  # what loading encoders, a checkpoint on a slow disk or a sheet of previews may take
 
 
 class TrainResult(NamedTuple):
@@ -67,32 +70,56 @@ class TrainResult(NamedTuple):
 def train(run: RunConfig) -> TrainResult:
     """Train until ``training.train_steps``; resumes from the newest checkpoint of the run folder.
 
-    A run that is finished already is left as it is and reports its last loss again.
+    A run that is finished already is left as it is and reports its last loss again. With several ranks each calls
+    this with the same ``run`` (`initialize`).
 
     Raises:
         ConfigError, DataError: settings or data that cannot be used, before the first step.
-        StoppedError: a signal, the time limit or repeated non-finite gradients; a checkpoint was written in the
-            first two cases.
+        StoppedError: a signal, the time limit or repeated skipped steps; a checkpoint was written in the first two
+            cases.
+        RankLostError: another rank died, failed or is stuck.
     """
-    device = initialize(run)
-    with open_run_folder(run):
+    parallel = initialize(run)
+    with (
+        watch_ranks(parallel, 60.0 * run.parallel.distributed_timeout_minutes) as watch,
+        open_run_folder(run, parallel),
+    ):
+        watch.at(0, "start-up", LONG_PHASE_S)
         corpus = open_corpus(run.data.data_path)
-        encoders = build_encoders(run, corpus, device)
-        model = build_model(run, device, encoders)
+        encoders = build_encoders(run, corpus, parallel.device)
+        model = build_model(run, parallel, encoders)
         pipeline = build_previews(run, model, encoders)
         state = TrainState(model, build_optimizer(model, run.optimizer))
-        saver = Checkpointer(
-            run.training.run_dir / "checkpoints", keep_last=run.training.keep_last_checkpoints
-        )
-        restore(state, saver, run, corpus)
-        save_config(run)
-        if state.step == run.training.train_steps:
-            return TrainResult(state, last_loss(run.training.run_dir, state.step))
-        extractor = FeatureExtractor(encoders.codec, encoders.text_encoder, model.shape.patch_size, device)
-        extra = checkpoint_extra(run, model.shape, encoders, corpus)
-        with MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard) as writer:
-            loop = Loop(run, state, saver, extractor, pipeline, writer, extra, device)
-            return TrainResult(state, loop.run_to_end(corpus))
+        with Checkpointer(
+            run.training.run_dir / "checkpoints",
+            keep_last=run.training.keep_last_checkpoints,
+            control=parallel.control,
+            asynchronous=run.training.async_save,
+        ) as saver:
+            restore(state, saver, run, corpus)
+            on_first_rank(lambda: save_config(run), parallel.control)
+            if state.step == run.training.train_steps:
+                return TrainResult(state, _recorded_loss(run, state, parallel))
+            extractor = FeatureExtractor(
+                encoders.codec, encoders.text_encoder, model.shape.patch_size, parallel.device
+            )
+            extra = checkpoint_extra(run, model.shape, encoders, corpus)
+            with log_to_folder(run, parallel), _open_metrics(run, state, parallel) as writer:
+                loop = Loop(run, state, saver, extractor, pipeline, writer, extra, parallel, watch)
+                return TrainResult(state, loop.run_to_end(corpus))
+
+
+def _recorded_loss(run: RunConfig, state: TrainState, parallel: ParallelState) -> float | None:
+    return on_first_rank(lambda: last_loss(run.training.run_dir, state.step), parallel.control)
+
+
+def _open_metrics(
+    run: RunConfig, state: TrainState, parallel: ParallelState
+) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """Rank 0 writes the run's curve."""
+    if parallel.rank != 0:
+        return contextlib.nullcontext()
+    return MetricsWriter(run.training.run_dir, state.step, tensorboard=run.training.tensorboard)
 
 
 def build_previews(run: RunConfig, model: NucleusTransformer, encoders: Encoders) -> Pipeline | None:
@@ -108,13 +135,28 @@ def build_previews(run: RunConfig, model: NucleusTransformer, encoders: Encoders
 class Loop:
     """The parts that one optimizer step needs; built by `train`."""
 
-    def __init__(self, run, state, saver, extractor, pipeline, writer: MetricsWriter, extra: dict, device):
+    def __init__(
+        self,
+        run: RunConfig,
+        state: TrainState,
+        saver: Checkpointer,
+        extractor: FeatureExtractor,
+        pipeline: Pipeline | None,
+        writer: MetricsWriter | None,
+        extra: dict,
+        parallel: ParallelState,
+        watch: Watchdog,
+    ):
         self.run, self.state, self.saver, self.extractor = run, state, saver, extractor
-        self.pipeline, self.writer, self.extra, self.device = pipeline, writer, extra, device
+        self.pipeline, self.writer, self.extra = pipeline, writer, extra
+        self.parallel, self.watch = parallel, watch
         t = run.training
+        self.micro_batch_size, self.accumulation = batch_split(run, parallel.world)
         self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
-        self.skips = SkipCounter(t.max_skipped_in_a_row)
-        table_peak = flops.device_peak_flops(device, torch.bfloat16 if t.bf16 else torch.float32)
+        self.skips = SkipRule(t.max_skipped_in_a_row, t.loss_spike_factor)
+        self.optimizer_timer = PartTimer(parallel.device)
+        dtype = torch.bfloat16 if t.bf16 else torch.float32
+        table_peak = flops.device_peak_flops(parallel.device, dtype)
         self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else table_peak
 
     def run_to_end(self, corpus: Corpus) -> float | None:
@@ -123,113 +165,144 @@ class Loop:
         bar = tqdm(
             total=t.train_steps, initial=state.step, unit="step", desc="train", dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
+            disable=self.parallel.rank != 0,
         )  # fmt: skip
         with StopRequest(t.exit_duration_in_mins) as stop, bar, self.open_loader(corpus) as loader:
             timer = StepTimer()
             while state.step < t.train_steps:
                 lr = self.schedule(state.samples_seen)
-                losses, report, batch, step_flops = self.train_step(loader, lr)
+                report, batch, step_flops = self.train_step(loader, lr, stop)
                 timer.add(t.global_batch_size, step_flops)
                 bar.update()
                 if due(state.step, t.log_interval) or state.step == t.train_steps:
-                    self.log(losses, report, batch, lr, timer, loader, bar)
-                reason = stop.due()
-                if due(state.step, t.save_interval) or reason or state.step == t.train_steps:
+                    self.log(report, batch, lr, timer, loader, bar)
+                if due(state.step, t.save_interval) or report.stopping or state.step == t.train_steps:
+                    self.watch.at(state.step, "checkpoint", LONG_PHASE_S)
                     self.saver.save(state, self.extra)
-                if reason and state.step < t.train_steps:
-                    raise StoppedError(f"{reason}: saved step {state.step}; the same command resumes it")
+                if report.stopping and state.step < t.train_steps:
+                    self.saver.wait()
+                    raise StoppedError(
+                        f"{self.why_stopping(stop, report)}: saved step {state.step}; the same command resumes it"
+                    )
                 if due(state.step, t.sample_interval):
                     self.preview()
                 timer.exclude_pause()
-        loss = float(losses.loss)
-        return loss if math.isfinite(loss) else None
+            self.watch.at(state.step, "checkpoint", LONG_PHASE_S)
+            self.saver.wait()
+        return report.loss if math.isfinite(report.loss) else None
+
+    def why_stopping(self, stop: StopRequest, report: StepReport) -> str:
+        """This rank's own reason, or whose it is."""
+        return stop.due() or f"rank {report.stopping[0]} was asked to stop"
 
     def open_loader(self, corpus: Corpus) -> Loader:
-        """Micro-batches from the first sample that has not been seen."""
+        """This rank's micro-batches from the first sample that has not been seen."""
         t, codec = self.run.training, self.extractor.codec
         return build_loader(
             self.run.data,
             corpus,
             seed=t.seed,
             global_batch_size=t.global_batch_size,
-            micro_batch_size=self.run.micro_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=self.parallel.rank,
+            world=self.parallel.world,
             start_samples=self.state.samples_seen,
             multiple_px=codec.stride_px * self.extractor.patch_size if codec else 1,  # 1: stored at its size
         )
 
-    def train_step(self, loader: Loader, lr: float) -> tuple[StepLosses, ClipReport, Batch, int]:
-        """One optimizer step over ``accumulation_steps`` micro-batches."""
+    def train_step(self, loader: Loader, lr: float, stop: StopRequest) -> tuple[StepReport, Batch, int]:
+        """One optimizer step: `accumulation` micro-batches, one agreement of all ranks, one update or none."""
         state, run = self.state, self.run
         state.model.train()
         state.optimizer.zero_grad()
         total, step_flops = None, 0
-        for _ in range(run.accumulation_steps):
+        for number in range(self.accumulation):
+            self.watch.at(state.step + 1, "waiting for data")
             batch = self.extractor.extract(next(loader))
-            losses = forward_backward(state.model, batch, run, 1.0 / run.accumulation_steps)
-            total = (
-                losses if total is None else StepLosses(*(a + b for a, b in zip(total, losses, strict=True)))
-            )
+            last = number == self.accumulation - 1
+            losses = self.forward_backward(batch, last)
+            total = losses if total is None else StepLosses(*map(torch.add, total, losses))
             tokens, text_tokens = batch.latents_BSP.shape[1], batch.text.features_BLU.shape[1]
             step_flops += len(batch.draws) * flops.training_flops_per_image(
                 state.model.shape, tokens, text_tokens
             )
-        report = clip_gradients(state.optimizer.params.values(), run.optimizer.clip_grad)
-        finite = bool(report.finite & torch.isfinite(total.loss))
-        if finite:
-            state.optimizer.step(lr)
+        self.watch.at(state.step + 1, "sums of the step")
+        params = state.optimizer.params.values()
+        group = dist.group.WORLD if self.parallel.world > 1 else None
+        report = share_step(total, local_square_sum(params), stop.due() is not None, group)
+        applies = self.skips.applies(report, state)
+        if applies:
+            self.watch.at(state.step + 1, "optimizer")
+            with self.optimizer_timer.measure():
+                norm = torch.tensor(report.grad_norm, device=self.parallel.device)
+                scale_gradients(params, norm, run.optimizer.clip_grad)
+                state.optimizer.step(lr)
         state.step += 1
         state.samples_seen += run.training.global_batch_size
-        state.skipped += not finite
-        self.skips.record(not finite, state.step)
-        return total, report, batch, step_flops
+        state.skipped += not applies
+        return report, batch, step_flops
+
+    def forward_backward(self, batch: Batch, last: bool) -> StepLosses:
+        """One micro-batch; copies of weights on other ranks learn of its gradient with the last one only."""
+        model = self.state.model
+        if self.parallel.world > 1:
+            model.set_requires_all_reduce(last)
+        self.watch.at(self.state.step + 1, "forward and backward")
+        return forward_backward(model, batch, self.run, 1.0 / self.accumulation, self.parallel.world)
 
     def log(
-        self,
-        losses: StepLosses,
-        report: ClipReport,
-        batch: Batch,
-        lr: float,
-        timer: StepTimer,
-        loader: Loader,
-        bar: tqdm,
+        self, report: StepReport, batch: Batch, lr: float, timer: StepTimer, loader: Loader, bar: tqdm
     ) -> None:
         """One row of metrics.jsonl and TensorBoard, and the progress bar's figures."""
-        step_s, samples_per_s, flops_per_s = timer.take()
+        pace = timer.take()
         row = {
             "step": self.state.step,
             "samples_seen": self.state.samples_seen,
-            "loss": float(losses.loss),
-            "flow_loss": float(losses.flow_loss),
-            "router_z_loss": float(losses.router_z_loss),
-            "grad_norm": float(report.norm),
+            "loss": report.loss,
+            "flow_loss": report.flow_loss,
+            "router_z_loss": report.router_z_loss,
+            "grad_norm": report.grad_norm,
             "lr": lr,
-            "step_s": step_s,
-            "samples_per_s": samples_per_s,
-            "model_tflops_per_device": flops_per_s / 1e12,
-            "mfu": flops_per_s / self.peak_flops if self.peak_flops else None,
+            "step_s": pace.step_s,
+            "samples_per_s": pace.samples_per_s,
+            "model_tflops_per_device": pace.flops_per_s / 1e12,
+            "mfu": pace.flops_per_s / self.peak_flops if self.peak_flops else None,
             "skipped": self.state.skipped,
             "bucket": batch.bucket,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
             "timestamp": time.time(),
             "substituted": loader.substituted,
+            "optimizer_s": self.optimizer_timer.take(),
+            "muon_bytes": sum(self.state.optimizer.muon.traffic().values()),
+            "all_to_all_bytes": expert_bytes_exchanged(self.state.model) // pace.steps,
         }
-        self.writer.write(row)
-        bar.set_postfix_str(refresh=False, s=f"loss {row['loss']:.4f}, {samples_per_s:.0f} images/s")
+        if self.writer is not None:
+            self.writer.write(row)
+        bar.set_postfix_str(refresh=False, s=f"loss {row['loss']:.4f}, {pace.samples_per_s:.0f} images/s")
 
     def preview(self) -> None:
-        """Draw the preview prompts with the weights as they are, and where the experts look in the first picture."""
+        """Draw the preview prompts with the weights as they are, and where the experts look in the first picture.
+
+        Every rank draws, because each holds a part of the weights; rank 0 keeps the pictures.
+        """
         t = self.run.training
-        sheet = draw_previews(self.pipeline, t.sample_prompts, t.run_dir / "samples", self.state.step)
-        self.writer.image("samples", sheet, self.state.step)
+        self.watch.at(self.state.step, "preview pictures", LONG_PHASE_S)
+        folder = t.run_dir / "samples" if self.parallel.rank == 0 else None
+        sheet = draw_previews(self.pipeline, t.sample_prompts, folder, self.state.step)
         routing = draw_routing_map(self.pipeline, t.sample_prompts[0])
-        if routing is not None:
-            self.writer.image("routing", routing, self.state.step)
+        if self.writer is not None:
+            self.writer.image("samples", sheet, self.state.step)
+            if routing is not None:
+                self.writer.image("routing", routing, self.state.step)
 
 
-def forward_backward(model: NucleusTransformer, batch: Batch, run: RunConfig, share: float) -> StepLosses:
-    """Add one micro-batch's gradient; returns its losses times ``share`` (its part of the global batch).
+def forward_backward(
+    model: NucleusTransformer, batch: Batch, run: RunConfig, share: float, world: int = 1
+) -> StepLosses:
+    """Add one micro-batch's gradient; returns its losses times ``share``, its part of this rank's images of a step.
 
-    Noise and noise level of a sample depend on (seed, draw) alone.
+    Gradients are summed over the ranks, so the loss is divided by ``world`` before. Noise and noise level of a
+    sample depend on (seed, draw) alone.
     """
     clean_BSP = batch.latents_BSP
     seed, device = run.training.seed, clean_BSP.device
@@ -241,40 +314,10 @@ def forward_backward(model: NucleusTransformer, batch: Batch, run: RunConfig, sh
     flow_part = flow_loss(velocity_BSP, flow.velocity_target(clean_BSP, noise_BSP))
     z_part = router_z_loss(routings)
     loss = flow_part + run.losses.moe_z_loss_coeff * z_part
-    (loss * share).backward()
+    (loss * (share / world)).backward()
     return StepLosses(*(share * x.detach() for x in (loss, flow_part, z_part)))
 
 
 def due(step: int, interval: int) -> bool:
     """Whether ``step`` falls on ``interval``; 0 means never."""
     return interval > 0 and step % interval == 0
-
-
-class StepTimer:
-    """Mean step time between two log rows, without the pauses for saving and previews."""
-
-    def __init__(self):
-        self._reset()
-        self._mark = time.perf_counter()
-
-    def add(self, samples: int, step_flops: int) -> None:
-        """Count one step that ends now."""
-        now = time.perf_counter()
-        self._seconds += now - self._mark
-        self._mark = now
-        self._steps += 1
-        self._samples += samples
-        self._flops += step_flops
-
-    def exclude_pause(self) -> None:
-        """What happened since the last `add` was no training."""
-        self._mark = time.perf_counter()
-
-    def take(self) -> tuple[float, float, float]:
-        """(seconds per step, samples per second, FLOP/s) since the last call."""
-        out = (self._seconds / self._steps, self._samples / self._seconds, self._flops / self._seconds)
-        self._reset()
-        return out
-
-    def _reset(self) -> None:
-        self._seconds, self._steps, self._samples, self._flops = 0.0, 0, 0, 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from megatron_nucleus.utils.errors import StoppedError, UserError
+from megatron_nucleus.utils.errors import RankLostError, StoppedError, UserError
 
 
 def add_json_flag(parser: Any) -> None:
@@ -68,7 +69,7 @@ def stoppable(advice: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None], when_stopped: str = "the same command starts again") -> None:
-    """Call ``main``; turn a UserError into one line on stderr and its exit code (2, 3 or 4).
+    """Call ``main``; turn a UserError into one line on stderr and its exit code (`utils/errors.py`).
 
     Any other exception is a bug and keeps its traceback.
 
@@ -80,6 +81,9 @@ def run(main: Callable[[], None], when_stopped: str = "the same command starts a
             main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, RankLostError):
+            sys.stdout.flush()
+            os._exit(error.exit_code)  # an orderly end would close connections to ranks that no longer answer
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)

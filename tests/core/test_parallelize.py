@@ -6,9 +6,12 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_nucleus.core.moe.router import capacity
-from tests.core.parallel_cases import GRID, IMAGES, SHAPE, Outcome, run_steps
+from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.types import TextFeatures
+from tests.core.parallel_cases import GRID, IMAGES, SHAPE, Outcome, build, join, run_steps
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -93,6 +96,43 @@ def test_waiting_for_the_all_to_all_changes_no_bit(ep, tmp_path):
 def test_chunks_give_the_same_run(chunks, recompute, tmp_path):
     config = settings(2, moe_overlap_chunks=chunks, recompute_granularity=recompute)
     assert_same_run(run_ranks(4, run_steps, tmp_path, config)[0], reference(4), TOLERANCE)
+
+
+def compiled_steps(recompute: str) -> list[Outcome]:
+    return [run_steps(settings(2, compile_blocks=True, recompute_granularity=g)) for g in ("none", recompute)]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_run(tmp_path):
+    """Fused arithmetic rounds differently; recomputing it and its exchanges changes nothing."""
+    plain, again = run_ranks(2, compiled_steps, tmp_path, "full", timeout_s=280)[0]
+    assert_same_run(plain, reference(2), 3 * TOLERANCE)
+    assert_same_bits(again, plain)
+    assert again.all_to_all_bytes == plain.all_to_all_bytes
+
+
+def bf16_step(rank: int, ep: int) -> tuple[float, set[str], set[str]]:
+    """(loss of ``rank``'s images, dtypes of stored weights, dtypes of their gradients)."""
+    config = ParallelConfig(**settings(ep))
+    parallel = join(config)
+    rank = parallel.rank if parallel.world > 1 else rank
+    model = build(parallel, config, bf16=True)
+    g = torch.Generator().manual_seed(rank)
+    latents, text = torch.randn(4, 12, SHAPE.patch_channels, generator=g), torch.randn(4, 3, 24, generator=g)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(latents, torch.rand(4, generator=g), TextFeatures(text), GRID)
+    loss = velocity.float().square().mean()
+    loss.backward()
+    params = [p for p in model.parameters() if p.requires_grad]
+    return loss.item(), {str(p.dtype) for p in params}, {str(p.grad.dtype) for p in params}
+
+
+def test_bf16_gathers_rounded_weights_and_keeps_fp32_ones(tmp_path):
+    """The matrix products see the same bf16 values as one process under autocast; the few others are rounded, too."""
+    for rank, (loss, stored, gradients) in enumerate(run_ranks(4, bf16_step, tmp_path, 0, 2)):
+        assert stored == gradients == {"torch.float32"}
+        alone = bf16_step(rank, 1)[0]
+        assert abs(loss - alone) <= 0.005 * alone
 
 
 def test_keeping_gathered_weights_changes_no_bit(tmp_path):

@@ -63,6 +63,42 @@ def test_latest_names_a_missing_folder(run):
         native.resolve_checkpoint(run)
 
 
+def test_the_order_in_which_a_run_tries_to_resume(run):
+    folder = run / "checkpoints"
+
+    def order():
+        steps, problem = native.resume_order(folder)
+        return [native.step_number(step) for step in steps], problem
+
+    assert order() == ([1200, 200, 100], None)
+    native.set_latest(folder, folder / "step_00000200")  # the run went back: 1200 is not of its history
+    assert order() == ([200, 100], None)
+    native.set_latest(folder, folder / "step_00000300")
+    assert order() == (
+        [200, 100],
+        f"{folder / 'step_00000300'}: missing although {folder / 'latest'} names it",
+    )
+    (folder / "latest").write_bytes(b"\xff\x00")
+    steps, problem = order()
+    assert steps == [1200, 200, 100]
+    assert problem.startswith(f"{folder / 'latest'}: should hold a name such as step_00001200")
+    (folder / "latest").unlink()
+    assert order() == ([1200, 200, 100], f"{folder / 'latest'}: missing")
+
+
+def test_a_share_of_the_files_is_checked_alone(run, make):
+    step = run / "checkpoints" / "step_00001200"
+    listed = native.listed_files(step)
+    assert {name.split("/")[0] for name in listed} == {"model", "optimizer", "state.json"}
+    bad = damage("altered", step, make.flip).relative_to(step).as_posix()
+    native.check_files(step, {name: entry for name, entry in listed.items() if name != bad})
+    native.check_files(step, {bad: listed[bad]}, checksums=False)
+    with pytest.raises(DataError, match=r"altered since it was written"):
+        native.check_files(step, {bad: listed[bad]})
+    assert not native.is_complete(step)
+    assert native.is_complete(run / "checkpoints" / "step_00000200")
+
+
 def damage(kind, step, flip):
     model = next((step / "model").glob("*.safetensors"))
     if kind == "removed":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from megatron_nucleus.export import native
 from megatron_nucleus.training.arguments import parse_run
 from megatron_nucleus.training.training import TrainResult, train
 from megatron_nucleus.utils.config import Parser
@@ -20,3 +23,55 @@ def run_here(config_file: Path, run_dir: Path, *flags: object) -> TrainResult:
 def rows(run_dir: Path) -> list[dict]:
     """The run's curve."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_rank(config_file: Path, run_dir: Path, *flags: object) -> dict:
+    """`run_here` as one of several ranks (`tests/ranks.py`); what of the result can be sent to the parent."""
+    result = run_here(config_file, run_dir, *flags)
+    state = result.state
+    return {
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+        "loss": result.loss,
+        "skipped": state.skipped,
+    }
+
+
+# Figures of a row that differ from run to run.
+TIMING = {
+    "step_s",
+    "samples_per_s",
+    "model_tflops_per_device",
+    "mfu",
+    "peak_memory_bytes",
+    "timestamp",
+    "optimizer_s",
+}
+
+
+def curve(run_dir: Path) -> list[dict]:
+    """The run's curve without its timings."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(run_dir)]
+
+
+def same_curve(a: Path, b: Path) -> None:
+    """Two runs logged the same figures."""
+    assert curve(a) == curve(b)
+
+
+def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """All weights and optimizer state of a checkpoint, whole, however many ranks wrote it."""
+    folder = run_dir / "checkpoints" / native.step_name(step)
+    out = {}
+    for part in ("model", "optimizer"):
+        store = native.open_tensors(folder, part)
+        out |= {f"{part}/{name}": store.read(name) for name in store.names()}
+    return out
+
+
+def assert_identical(a: dict, b: dict) -> None:
+    """Same names, same bits."""
+    assert a.keys() == b.keys()
+    assert len(a) > 20
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert different == []

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
@@ -91,7 +86,8 @@ def test_layout_and_content_of_a_step_folder(tmp_path):
     step = Checkpointer(tmp_path).save(make_state(1, step=5), EXTRA)
     native.verify(step)
     assert json.loads((step / "state.json").read_text()) == {
-        **EXTRA, "format": 1, "step": 5, "samples_seen": 20, "skipped": 1, "optimizer": {"updates": 50},
+        **EXTRA, "format": 1, "step": 5, "samples_seen": 20, "skipped": 1, "loss_average": None,
+        "optimizer": {"updates": 50},
     }  # fmt: skip
     names = {p.relative_to(step).parts[0] for p in step.rglob("*") if p.is_file()}
     assert names == {"model", "optimizer", "state.json", "manifest.json"}
@@ -189,40 +185,124 @@ def damaged(kind, step):
     ["model_missing", "model_truncated", "model_altered", "optimizer_truncated", "optimizer_altered",
      "state_missing", "state_altered", "manifest_missing", "manifest_truncated"],
 )  # fmt: skip
-def test_a_damaged_newest_checkpoint_names_the_file_and_the_way_back(tmp_path, kind):
+def test_a_damaged_newest_checkpoint_is_named_and_the_newest_complete_one_before_it_used(
+    tmp_path, caplog, kind
+):
     saver = Checkpointer(tmp_path)
     for step in (1, 2, 3):
         saver.save(make_state(step, step=step), EXTRA)
-    damaged("model_truncated", tmp_path / "step_00000002")
+    skipped = damaged("model_truncated", tmp_path / "step_00000002")
     path = damaged(kind, tmp_path / "step_00000003")
     state = make_state(8)
-    before = everything(state)
-    with pytest.raises(DataError) as caught:
-        saver.load_latest(state)
-    message = str(caught.value)
-    assert str(path) in message
-    assert message.endswith(f"echo step_00000001 > {tmp_path / 'latest'}")
-    assert_same(everything(state), before)
-    subprocess.run(message.split("run: ")[-1], shell=True, check=True)
-    saver.load_latest(state)
+    assert saver.load_latest(state) == EXTRA
     assert_same(everything(state), everything(make_state(1, step=1)))
+    assert state.step == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    for message, damage in zip(said, (path, skipped), strict=False):
+        assert message.startswith("skipping a damaged checkpoint: ")
+        assert str(damage) in message
+    assert said[2] == f"resuming from {tmp_path / 'step_00000001'}, which is complete"
+    assert native.newest_checkpoint(tmp_path).name == "step_00000003"  # untouched until the next save
+    saver.save(make_state(5, step=3), EXTRA)  # takes the place of the damaged one
+    native.verify(tmp_path / "step_00000003")
+    Checkpointer(tmp_path).load_latest(state)
+    assert_same(everything(state), everything(make_state(5, step=3)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", *(f"step_0000000{i}" for i in (1, 2, 3))]
 
 
-def test_latest_that_names_nothing_tells_the_way_back(tmp_path):
+@pytest.mark.parametrize("content", ["step_00000009", "nonsense", "", None])
+def test_a_damaged_latest_is_named_and_the_newest_complete_checkpoint_used(tmp_path, caplog, content):
     saver = Checkpointer(tmp_path)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         saver.save(make_state(step, step=step), EXTRA)
-    for content in ("step_00000009", "nonsense"):
+    damaged("optimizer_altered", tmp_path / "step_00000003")
+    if content is None:  # killed between the first rename and the first `latest`
+        (tmp_path / "latest").unlink()
+    else:
         (tmp_path / "latest").write_text(content)
-        with pytest.raises(DataError, match=rf"latest.*run: echo step_00000002 > {tmp_path / 'latest'}"):
-            saver.load_latest(make_state(3))
+    state = make_state(8)
+    assert saver.load_latest(state) == EXTRA
+    assert_same(everything(state), everything(make_state(2, step=2)))
+    assert str(tmp_path / "latest") in caplog.records[0].getMessage()
+    assert caplog.records[-1].getMessage() == f"resuming from {tmp_path}/step_00000002, which is complete"
+    saver.save(make_state(4, step=4), EXTRA)
+    assert native.newest_checkpoint(tmp_path).name == "step_00000004"
+
+
+def test_a_run_that_went_back_never_takes_the_steps_it_left_behind(tmp_path):
+    saver = Checkpointer(tmp_path)
+    for step in (3, 8, 9):
+        saver.save(make_state(step, step=step), EXTRA)
+    native.set_latest(tmp_path, tmp_path / "step_00000003")
+    damaged("model_altered", tmp_path / "step_00000003")
+    state = make_state(1)
+    before = everything(state)
+    with pytest.raises(
+        DataError, match=r"altered.*step_00000009, which the run had left behind, is complete"
+    ) as e:
+        saver.load_latest(state)
+    assert_same(everything(state), before)
+    subprocess.run(str(e.value).split("run: ")[-1], shell=True, check=True)  # the way the message shows
+    saver.load_latest(state)
+    assert_same(everything(state), everything(make_state(9, step=9)))
+
+
+def test_a_checkpoint_known_as_damaged_does_not_count_as_kept(tmp_path):
+    keeps_all = Checkpointer(tmp_path)
+    for step in (1, 2, 3):
+        keeps_all.save(make_state(step, step=step), EXTRA)
+    damaged("model_altered", tmp_path / "step_00000003")
+    saver, state = Checkpointer(tmp_path, keep_last=2), make_state(9)
+    saver.load_latest(state)
+    assert state.step == 2
+    saver.save(make_state(4, step=4), EXTRA)
+    assert [native.step_number(p) for p in native.list_steps(tmp_path)] == [2, 3, 4]  # 2 and 4 are usable
+    saver.save(make_state(5, step=5), EXTRA)
+    assert [native.step_number(p) for p in native.list_steps(tmp_path)] == [4, 5]
+
+
+def test_what_cannot_be_pruned_is_no_reason_to_lose_a_save(tmp_path, monkeypatch, caplog):
+    saver = Checkpointer(tmp_path, keep_last=1)
+    saver.save(make_state(1, step=1), EXTRA)
+
+    def busy(path):
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        saver.save(make_state(2, step=2), EXTRA)
+    assert ".old_step_00000001: cannot be removed (Device or resource busy)" in caplog.text
+    saver.save(make_state(3, step=3), EXTRA)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000003"]
+
+
+def test_the_loss_average_is_kept_and_older_checkpoints_have_none(tmp_path):
+    saver, state = Checkpointer(tmp_path), make_state(1, step=1)
+    state.loss_average = 0.1 + 0.2
+    step = saver.save(state, EXTRA)
+    other = make_state(2)
+    assert saver.load_latest(other) == EXTRA
+    assert other.loss_average == 0.1 + 0.2
+    document = json.loads((step / "state.json").read_text())
+    del document["loss_average"]
+    (step / "state.json").write_text(json.dumps(document))
+    native.write_manifest(step, native.describe_files(step))
+    assert saver.load_latest(other) == EXTRA
+    assert other.loss_average is None
 
 
 def test_the_only_checkpoint_damaged(tmp_path):
     saver = Checkpointer(tmp_path)
     path = damaged("model_missing", saver.save(make_state(1, step=1), EXTRA))
+    state = make_state(2)
+    before = everything(state)
     with pytest.raises(DataError, match=rf"{path.name}: missing; no other complete checkpoint"):
-        saver.load_latest(make_state(2))
+        saver.load_latest(state)
+    assert_same(everything(state), before)
+    shutil.rmtree(tmp_path / "step_00000001")
+    with pytest.raises(DataError, match=r"step_00000001: missing although .*latest names it; no other"):
+        saver.load_latest(state)
 
 
 def test_another_model_or_optimizer_is_refused_before_loading(tmp_path):
@@ -260,7 +340,8 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(
-            DataError, match=r"step_00000002: cannot be written \(File too large\).*stay usable"
+            DataError,
+            match=r"step_00000002: cannot be written \(File too large\); .* sees \d+ bytes free there.*stay usable",
         ):
             saver.save(make_state(2, step=2), EXTRA)
     finally:
@@ -271,80 +352,6 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert_same(everything(state), everything(make_state(1, step=1)))
     saver.save(make_state(2, step=2), EXTRA)
     assert native.resolve_checkpoint(tmp_path).name == "step_00000002"
-
-
-KILLED_IN = ("shards", "manifest", "rename", "latest")
-CHILD = """
-    import os, sys, time
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    from test_checkpointing import EXTRA, KILLED_IN, Checkpointer, make_state
-    from megatron_nucleus.export import native
-    from megatron_nucleus.training import checkpointing
-
-    def save_until(stage, folder):
-        Checkpointer(folder).save(make_state(1, step=1), EXTRA)
-
-        def wait(*args):
-            (folder / ".pid").write_text(str(os.getpid()))
-            os.replace(folder / ".pid", folder / "killme")
-            time.sleep(60)
-
-        if stage == "shards":  # the model is written, the optimizer is not
-            save = checkpointing._dcp_save
-            checkpointing._dcp_save = lambda t, f: wait() if f.name == "optimizer" else save(t, f)
-        elif stage == "manifest":
-            native.write_manifest = wait
-        elif stage == "rename":
-            checkpointing.os.rename = wait
-        else:
-            native.set_latest = wait
-        Checkpointer(folder).save(make_state(2, step=2), EXTRA)
-
-    for stage in KILLED_IN:  # forks share the seconds that the imports take
-        if os.fork() == 0:
-            save_until(stage, Path(sys.argv[1]) / stage)
-            os._exit(0)
-    print([os.waitstatus_to_exitcode(os.wait()[1]) for _ in KILLED_IN])
-"""
-
-
-def test_kill_in_the_middle_of_a_save_leaves_the_previous_checkpoint(tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(textwrap.dedent(CHILD).format(tests=os.path.dirname(__file__)))
-    folders = {stage: tmp_path / stage for stage in KILLED_IN}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, script, tmp_path], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    for folder in folders.values():
-        while not (folder / "killme").exists():
-            assert child.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(int((folder / "killme").read_text()), signal.SIGKILL)
-    assert child.communicate()[0].strip() == str([-signal.SIGKILL] * 4)
-    for stage, folder in folders.items():
-        (folder / "killme").unlink()
-        left = {p.name for p in folder.iterdir()} - {"latest", "step_00000001"}
-        assert left == ({"step_00000002"} if stage == "latest" else {".tmp_step_00000002"})
-        saver, state = Checkpointer(folder), make_state(5)
-        assert saver.load_latest(state) == EXTRA
-        assert_same(everything(state), everything(make_state(1, step=1)))
-        saver.save(make_state(3, step=2), EXTRA)  # the same command goes on, and cleans up
-        assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000001", "step_00000002"]
-        saver.load_latest(state)
-        assert_same(everything(state), everything(make_state(3, step=2)))
-
-
-def test_a_first_save_killed_before_latest_is_found_again(tmp_path):
-    saver = Checkpointer(tmp_path)
-    saver.save(make_state(4, step=4), EXTRA)
-    (tmp_path / "latest").unlink()
-    state = make_state(5)
-    assert saver.load_latest(state) == EXTRA
-    assert_same(everything(state), everything(make_state(4, step=4)))
 
 
 def test_shards_of_several_ranks_load(tmp_path):

@@ -10,39 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from megatron_nucleus.export import native
 from megatron_nucleus.training.metrics import KEYS
 from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError
 from tests.support import ROOT, tool
-from tests.training.runs import rows, run_here
-
-
-def tensors(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    out = {}
-    for part in ("model", "optimizer"):
-        for file in (run_dir / "checkpoints" / f"step_{step:08d}" / part).glob("*.safetensors"):
-            out |= {f"{part}/{k}": v for k, v in load_file(file).items()}
-    return out
-
-
-def same_curve(a: Path, b: Path) -> None:
-    timing = {"step_s", "samples_per_s", "model_tflops_per_device", "mfu", "peak_memory_bytes", "timestamp"}
-    strip = [[{k: v for k, v in row.items() if k not in timing} for row in rows(x)] for x in (a, b)]
-    assert strip[0] == strip[1]
-
-
-def assert_identical(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    assert len(a) > 20
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert different == []
+from tests.training.runs import assert_identical, rows, run_here, same_curve, tensors
 
 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(config_file, tmp_path):

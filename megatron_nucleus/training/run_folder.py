@@ -1,0 +1,140 @@
+"""The folder of a run: one run at a time, the same settings on resume, configuration and logs beside the results."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+
+import megatron_nucleus
+from megatron_nucleus.core.collectives import on_first_rank
+from megatron_nucleus.core.parallel_state import ParallelState
+from megatron_nucleus.training.arguments import RunConfig
+from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.utils.errors import ConfigError, DataError
+from megatron_nucleus.utils.files import exclusive, write_atomic
+
+log = logging.getLogger(__name__)
+
+# What may not change within a run: everything that would make "the same run" a different one.
+# (section, key) pairs; a changed value needs a new --run-dir.
+FROZEN_KEYS = (("training", "seed"), ("data", "resolution_px"))
+FROZEN_SECTIONS = ("model", "encoders", "flow")
+MOVABLE_KEYS = (("encoders", "codec_path"), ("encoders", "text_encoder_path"))  # a model folder may move
+
+
+@contextmanager
+def open_run_folder(run: RunConfig, parallel: ParallelState) -> Iterator[None]:
+    """Create the run folder and hold it alone; on resume check that it is still the same run.
+
+    Rank 0 does it, and all ranks go on or raise together.
+
+    Raises:
+        ConfigError: the folder belongs to a run with other frozen settings or to another process, or cannot be
+            written.
+        DataError: its config.yaml cannot be read.
+    """
+    with ExitStack() as stack:
+        on_first_rank(lambda: _take_folder(run, stack), parallel.control)
+        yield
+
+
+def _take_folder(run: RunConfig, stack: ExitStack) -> None:
+    folder = run.training.run_dir
+    if (folder / "config.yaml").is_file():
+        _check_same_run(_read_config(folder / "config.yaml"), cfg.to_dict(run), folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(exclusive(folder, "--run-dir"))
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+@contextmanager
+def log_to_folder(run: RunConfig, parallel: ParallelState) -> Iterator[None]:
+    """Everything that this process logs, also what its console does not show, in ``logs/rank_00000.log``."""
+    path = run.training.run_dir / "logs" / f"rank_{parallel.rank:05d}.log"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    experts = parallel.layout.experts_of(parallel.rank)
+    log.info(
+        "rank %d of %d on %s, %s, stores experts %d to %d of %d",
+        *(parallel.rank, parallel.world, platform.node(), parallel.device),
+        *(experts[0], experts[-1], parallel.layout.experts),
+    )
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def save_config(run: RunConfig) -> None:
+    """Write the resolved configuration, commit and versions; ConfigError when the folder cannot be written."""
+    document = {"config": cfg.to_dict(run), "git_commit": git_commit(), "versions": versions()}
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    try:
+        write_atomic(run.training.run_dir / "config.yaml", text)
+    except OSError as error:
+        raise _not_writable(run.training.run_dir, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--run-dir {folder}: cannot be written ({error.strerror})")
+
+
+def _read_config(path: Path) -> dict:
+    """Section -> mapping of a run's config.yaml."""
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))["config"]
+        if not all(isinstance(section, dict) for section in saved.values()):
+            raise TypeError
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}); restore it or use a new --run-dir"
+        ) from error
+    return saved
+
+
+def _check_same_run(saved: dict, resolved: dict, folder: Path) -> None:
+    keys = [*FROZEN_KEYS, *((s, k) for s in FROZEN_SECTIONS for k in resolved[s])]
+    for section, key in keys:
+        before, now = saved.get(section, {}).get(key), resolved[section][key]
+        if before != now and (section, key) not in MOVABLE_KEYS:
+            raise ConfigError(
+                f"--run-dir {folder} holds a run with {section}.{key} = {before}, now it is {now}; "
+                f"keep {before} to resume it or choose another --run-dir"
+            )
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this package was imported from, with ``-dirty`` if changed; None outside git."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(megatron_nucleus.__file__).parent, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    return {
+        "megatron_nucleus": megatron_nucleus.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
