@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_nucleus.export import hf_keys, native
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.export.safetensors_stream import SafetensorsStream
 from megatron_nucleus.export.source import (
     INDEX_NAME,
@@ -20,7 +21,7 @@ from megatron_nucleus.export.source import (
     open_checkpoint,
     swapped_ranges,
 )
-from megatron_nucleus.export.tensor_store import TensorInfo, row_ranges
+from megatron_nucleus.export.tensor_store import row_ranges
 from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import write_json_atomic

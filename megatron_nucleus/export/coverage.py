@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_nucleus.export.tensor_store import Piece, TensorInfo, read_header
+from megatron_nucleus.export.safetensors_header import Piece, TensorInfo, read_header
 from megatron_nucleus.utils.errors import DataError
 
 

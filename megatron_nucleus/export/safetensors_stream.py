@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_nucleus.export.tensor_store import DTYPES, TensorInfo
+from megatron_nucleus.export.safetensors_header import DTYPES, TensorInfo
 from megatron_nucleus.utils.errors import ConfigError
 from megatron_nucleus.utils.files import write_json_atomic
 

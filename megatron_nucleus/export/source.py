@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.export import hf_keys, native
-from megatron_nucleus.export.tensor_store import TensorInfo, TensorStore
+from megatron_nucleus.export.safetensors_header import TensorInfo
+from megatron_nucleus.export.tensor_store import TensorStore
 from megatron_nucleus.utils.errors import DataError
 
 WEIGHTS_NAME = "diffusion_pytorch_model"

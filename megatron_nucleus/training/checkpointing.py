@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_nucleus.export import native
 from megatron_nucleus.export.coverage import check_complete, read_layout
-from megatron_nucleus.export.tensor_store import TensorInfo
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.training.agreement import Ranks
 from megatron_nucleus.training.async_save import Background, copy_to_host
 from megatron_nucleus.training.shard_files import contiguous, explained, read_tensors, write_tensors

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from megatron_nucleus.export import native
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.export.safetensors_stream import assign_shards
-from megatron_nucleus.export.tensor_store import TensorInfo
 from megatron_nucleus.training.agreement import Ranks, portable, shared_error
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.staging import explain_write_error

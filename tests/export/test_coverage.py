@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_nucleus.export.coverage import check_complete, read_layout
-from megatron_nucleus.export.tensor_store import TensorInfo
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.utils.errors import DataError
 
 

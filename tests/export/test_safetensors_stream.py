@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.export.safetensors_stream import SafetensorsStream, assign_shards, parse_size
-from megatron_nucleus.export.tensor_store import TensorInfo
 from megatron_nucleus.utils.errors import ConfigError
 
 

@@ -17,8 +17,8 @@ from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.export import hf_keys, native
 from megatron_nucleus.export.convert import write_native_files
 from megatron_nucleus.export.load import load_model
+from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.export.safetensors_stream import SafetensorsStream
-from megatron_nucleus.export.tensor_store import TensorInfo
 from megatron_nucleus.utils.errors import ConfigError
 
 TOOL = Path(__file__).parents[2] / "tools" / "merge_checkpoints.py"
