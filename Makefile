@@ -1,6 +1,8 @@
 # make demo   the whole system end to end on this machine (make demo DATA=folder: on your own captioned images)
 #             make demo GPU=1: the same recipe at the size of one GPU
 # make test   every test that needs no GPU
+# make test-dist    of these the ones with several ranks alone
+# make test-slurm   the sbatch files on a real Slurm of two nodes on this machine (installs Slurm where it is missing)
 PYTHON  ?= python3
 VENV    ?= .venv
 PY      := $(VENV)/bin/python
@@ -14,7 +16,7 @@ TORCH_PIP_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 WORKERS  ?= 2
 
-.PHONY: demo test test-gpu lint bench build clean install
+.PHONY: demo test test-dist test-slurm test-gpu lint bench build clean install
 
 install: $(VENV)/.installed
 
@@ -42,6 +44,12 @@ demo: install
 
 test: install
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "not gpu" tests
+
+test-dist: install
+	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "dist and not gpu" tests
+
+test-slurm: install
+	$(TEST_ENV) $(PY) -m pytest -s tests/slurm/scenarios.py
 
 test-gpu: install
 	$(PY) -m pytest -m gpu tests
