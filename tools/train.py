@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_nucleus.training.arguments import RunConfig, parse_run
+from megatron_nucleus.training.initialize import end_rank
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser
 
@@ -35,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         handlers=[console],
         format="%(levelname)s %(message)s" if rank == 0 else f"%(levelname)s rank {rank}: %(message)s",
     )
-    from megatron_nucleus.training.initialize import leave
     from megatron_nucleus.training.training import train
 
     result = train(run)
@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "skipped": state.skipped,
                 }
             )
-    leave()
 
 
 def explain(run: RunConfig, args: argparse.Namespace) -> None:
@@ -76,3 +75,4 @@ def explain(run: RunConfig, args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     cli.run(main, "the same command goes on from the newest checkpoint")
+    end_rank()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -96,10 +97,17 @@ def _join(device: torch.device, timeout_s: float) -> None:
     )
 
 
-def leave() -> None:
-    """Take leave of the other ranks after a finished run."""
+def end_rank() -> None:
+    """End this process with exit code 0 if it is one of several ranks; the last thing a program calls.
+
+    Threads of gloo let go of their last tensors a moment after a collective has returned. One that does so while
+    Python shuts down aborts the process (torch up to 2.13, pytorch/pytorch#190489), and the launcher takes a
+    finished run for a failed one. So nothing is shut down.
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def environment_number(name: str, default: int) -> int:

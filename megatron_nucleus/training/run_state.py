@@ -10,7 +10,7 @@ from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.inference.pipeline import check_size
 from megatron_nucleus.inference.sampler import SamplerConfig, check_sampler
 from megatron_nucleus.training.arguments import RunConfig
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.training.initialize import Encoders
 from megatron_nucleus.training.run_folder import git_commit, versions
 from megatron_nucleus.types import TrainState

@@ -30,7 +30,7 @@ from megatron_nucleus.data.loader import Loader, build_loader
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig, batch_split
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.training.faults import SkipRule, StopRequest
 from megatron_nucleus.training.initialize import (
     Encoders,
@@ -50,7 +50,7 @@ from megatron_nucleus.training.run_state import (
 )
 from megatron_nucleus.training.step_report import StepLosses, StepReport, share_step
 from megatron_nucleus.training.timers import PartTimer, StepTimer
-from megatron_nucleus.training.watchdog import Watchdog, watch_ranks
+from megatron_nucleus.training.watchdog.watchdog import Watchdog, watch_ranks
 from megatron_nucleus.types import Batch, TrainState
 from megatron_nucleus.utils.errors import StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes

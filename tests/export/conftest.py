@@ -11,7 +11,7 @@ import torch
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.export import native
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
 
 # 2F == D: a transposed expert matrix would pass every shape check.

@@ -15,7 +15,7 @@ from megatron_nucleus.core.parallel_state import create_groups, make_layout
 from megatron_nucleus.export import native
 from megatron_nucleus.export.convert import convert
 from megatron_nucleus.export.load import load_model
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
 from tests.export.conftest import EXTRA, TINY, MomentumOnly, random_model, save_run
 from tests.ranks import run_ranks

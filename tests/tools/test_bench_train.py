@@ -12,8 +12,15 @@ import torch
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelConfig, resolve_shape
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
-from megatron_nucleus.training import benchmark, flops
-from megatron_nucleus.training.benchmark import BenchConfig, interleave, make_workload, run_benchmark, spread
+from megatron_nucleus.core.parallel_state import single_process
+from megatron_nucleus.training.benchmark import compare as benchmark_compare
+from megatron_nucleus.training.benchmark.benchmark import (
+    BenchConfig,
+    flops,
+    make_workload,
+    run_benchmark,
+)
+from megatron_nucleus.training.benchmark.parts import interleave, spread
 from megatron_nucleus.utils.errors import ConfigError
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "bench_train.py"
@@ -39,6 +46,11 @@ def small_shape():
     return resolve_shape(ModelConfig(num_layers=2, num_experts=4, capacity_factors=(2.0,)))
 
 
+def run_alone(model, bench, work) -> dict:
+    alone = single_process(torch.device("cpu"), model.shape.num_experts)
+    return run_benchmark(model, bench, OptimizerConfig(), work, None, alone)
+
+
 def test_step_has_all_parts_and_consistent_figures(tool, capsys):
     result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--peak-tflops", "0.5")
     parts = 2 * result["forward_backward"]["median_s"] + result["optimizer"]["median_s"]
@@ -52,6 +64,10 @@ def test_step_has_all_parts_and_consistent_figures(tool, capsys):
     assert result["forward"]["repeats"] == 2
     assert 50e6 < result["peak_memory_bytes"] < 64e9
     assert "compare" not in result
+    assert result["ranks"] == 1
+    assert result["dense_grid"] == {"replicate": 1, "shard": 1}
+    assert result["all_to_all_bytes_per_rank_per_step"] == result["all_to_all_bytes_theory"] == 0
+    assert result["muon_bytes_per_rank_per_step"] == {"gather": 0, "return": 0, "replicate": 0}
 
 
 def test_unknown_peak_means_no_mfu(tool, capsys):
@@ -85,18 +101,18 @@ def test_comparison_refuses_another_function(bf16, monkeypatch):
     work = make_workload(
         shape, bench, (2, 3), micro_batch_size=2, accumulation=1, bf16=bf16, device=torch.device("cpu")
     )
-    result = run_benchmark(NucleusTransformer(shape), bench, OptimizerConfig(), work, None)
+    result = run_alone(NucleusTransformer(shape), bench, work)
     assert result["compare"]["step_s"] > 0
-    right = benchmark.to_diffusers_state
+    right = benchmark_compare.to_diffusers_state
 
     def wrong(state, shape):
         out = right(state, shape)
         a, b = (f"transformer_blocks.1.attn.to_{x}.weight" for x in "kv")
         return out | {a: out[b], b: out[a]}
 
-    monkeypatch.setattr(benchmark, "to_diffusers_state", wrong)
+    monkeypatch.setattr(benchmark_compare, "to_diffusers_state", wrong)
     with pytest.raises(RuntimeError, match="computes something else"):
-        run_benchmark(NucleusTransformer(shape), bench, OptimizerConfig(), work, None)
+        run_alone(NucleusTransformer(shape), bench, work)
 
 
 def test_configuration_file_of_a_training_run(tool, capsys, tmp_path):
@@ -133,11 +149,18 @@ def test_configuration_file_of_a_training_run(tool, capsys, tmp_path):
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "does not divide"),
         (["--capacity-factors", "9"], "capacity_factors"),
         (["--stepz", "3"], "did you mean --steps"),
+        (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size 2"),
     ],
 )
 def test_bad_arguments_are_named(tool, arguments, message):
     with pytest.raises(ConfigError, match=message):
         tool.main(arguments)
+
+
+def test_comparison_is_for_one_process(tool, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--compare diffusers.*not on 2 ranks"):
+        tool.main([*FAST, "--compare", "diffusers"])
 
 
 def test_program_prints_one_line_and_exits_with_2():
@@ -171,5 +194,5 @@ def test_bf16_training_keeps_fp32_weights():
         shape, bench, (2, 2), micro_batch_size=2, accumulation=1, bf16=True, device=torch.device("cpu")
     )
     model = NucleusTransformer(shape)
-    run_benchmark(model, bench, OptimizerConfig(), work, None)
+    run_alone(model, bench, work)
     assert all(bool(p.isfinite().all()) and p.dtype == torch.float32 for p in model.parameters())

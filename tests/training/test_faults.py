@@ -24,7 +24,7 @@ def command(config_file: Path, run_dir: Path, *flags: object) -> list:
 
 def quick_watchdog(rank: int) -> None:
     """A rank counts as dead after 3 s instead of 15."""
-    from megatron_nucleus.training.watchdog import Watchdog
+    from megatron_nucleus.training.watchdog.watchdog import Watchdog
 
     Watchdog.__init__.__kwdefaults__.update(heartbeat_s=0.3, dead_after_s=3.0)
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_nucleus.core.parallel_state import create_groups, make_layout
-from megatron_nucleus.training.roll_call import (
+from megatron_nucleus.training.watchdog.roll_call import (
     DONE,
     ENDED,
     RUNNING,
@@ -31,8 +31,8 @@ from megatron_nucleus.training.roll_call import (
     find_silent,
     rank_list,
 )
-from megatron_nucleus.training.watchdog import Watchdog, watch_ranks
-from megatron_nucleus.training.whereabouts import (
+from megatron_nucleus.training.watchdog.watchdog import Watchdog, watch_ranks
+from megatron_nucleus.training.watchdog.whereabouts import (
     Line,
     find_place,
     place_of_error,
@@ -274,7 +274,7 @@ def test_a_rank_that_is_killed_is_named_by_the_others(tmp_path):
     says(
         outcome,
         [0, 2],
-        r"[Cc]onnection .*in step 2, backward, in all_to_all_single \(training/test_watchdog.py:\d+\)",
+        r"[Cc]onnection .*in step 2, backward, in all_to_all_single \(watchdog/test_watchdog.py:\d+\)",
     )
     says(outcome, [0, 2], r"; rank 1 is dead or frozen: last sign of life \d+ s ago, ")
 
@@ -285,7 +285,7 @@ def test_a_rank_that_stands_still_is_named_by_the_others(tmp_path):
     says(
         outcome,
         [0, 2],
-        r"waited \d+ s in step 2, backward, in all_to_all_single \(training/test_watchdog.py:\d+\); ",
+        r"waited \d+ s in step 2, backward, in all_to_all_single \(watchdog/test_watchdog.py:\d+\); ",
     )
     says(outcome, [0, 2], r"; rank 1 is dead or frozen: last sign of life \d+ s ago, ")
 
@@ -302,7 +302,7 @@ def test_a_rank_that_does_not_arrive_in_time_is_named_with_its_phase(tmp_path):
     outcome = run(tmp_path, loads_for_ever)
     cause = (
         r"; rank 1 has not arrived: alive, for \d+ s in step 2, waiting for data, at .*; "
-        r"ranks 0,2 wait in step 2, forward, in all_reduce \(training/test_watchdog.py:\d+\);"
+        r"ranks 0,2 wait in step 2, forward, in all_reduce \(watchdog/test_watchdog.py:\d+\);"
     )
     says(outcome, [0, 1, 2], cause)
     says(outcome, [1], r"^error: rank 1: for \d+ s in step 2, waiting for data, ")
@@ -329,7 +329,7 @@ def test_a_suspended_job_goes_on(tmp_path):
 )
 def test_the_rank_that_hosts_the_store_takes_it_along(tmp_path, scenario, what):
     outcome = run(tmp_path, scenario, victim=0, store_rank=0, stuck=(0,), timeout_s=30.0)
-    says(outcome, [1, 2], r"in all_to_all_single \(training/test_watchdog.py:\d+\); ")
+    says(outcome, [1, 2], r"in all_to_all_single \(watchdog/test_watchdog.py:\d+\); ")
     says(outcome, [1, 2], rf"; rank 0, which hosts the rendezvous store at 127.0.0.1:\d+, {what};")
 
 
@@ -601,6 +601,12 @@ def test_the_collective_is_named_with_the_line_that_called_it():
     assert find_place([queue, *stack[3:]]) == ("at core/moe/dispatcher.py:30 in dispatch", False)
     assert find_place([queue]) == ("at python3.11/queue.py:171 in get", False)
     assert find_place([]) == ("", False)
+
+
+def test_a_thread_without_a_frame_is_nowhere(monkeypatch):
+    monkeypatch.setattr(sys, "_current_frames", lambda: {1: print})
+    assert place_of_thread(1) == ("", False)
+    assert place_of_thread(2) == ("", False)
 
 
 def test_autograds_threads_are_looked_at_while_the_main_thread_waits_for_them(monkeypatch):

@@ -63,7 +63,7 @@ def place_of_thread(thread: int) -> Place:
         return Place("", False)
     stack = _stack(frames[thread])
     place = find_place(stack)
-    if place.waits or not stack[0].file.endswith("torch/autograd/graph.py"):
+    if place.waits or not stack or not stack[0].file.endswith("torch/autograd/graph.py"):
         return place
     known = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
     autograd = (find_place(_stack(frame)) for ident, frame in frames.items() if ident not in known)
@@ -95,16 +95,15 @@ def unfinished_collective() -> str | None:
         oldest = min(waiting, key=lambda entry: entry["time_created_ns"])
         return f"{oldest['profiling_name']} {oldest['input_sizes']} of group {oldest['process_group'][1]}"
     except (ValueError, KeyError, IndexError, RuntimeError):
-        return (
-            None  # torch promises no format; a name that is missing must not hide the message it belongs to
-        )
+        return None  # torch promises no format; a missing name must not hide the message it belongs to
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 def _stack(frame: FrameType | None) -> list[Line]:
     lines = []
-    while frame is not None:
+    # Seen with CPython 3.11: a thread that is just entering a call may be listed with an object that is no frame.
+    while hasattr(frame, "f_code"):
         lines.append(Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return lines

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from megatron_nucleus.core.collectives import on_first_rank
 from megatron_nucleus.core.parallel_state import ParallelState
-from megatron_nucleus.training.bulletin import BulletinBoard, host_and_port
-from megatron_nucleus.training.roll_call import (
+from megatron_nucleus.training.watchdog.bulletin import BulletinBoard, host_and_port
+from megatron_nucleus.training.watchdog.roll_call import (
     DONE,
     ENDED,
     RUNNING,
@@ -36,7 +36,7 @@ from megatron_nucleus.training.roll_call import (
     find_missing,
     find_silent,
 )
-from megatron_nucleus.training.whereabouts import (
+from megatron_nucleus.training.watchdog.whereabouts import (
     Place,
     place_of_error,
     place_of_thread,

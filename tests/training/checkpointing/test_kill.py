@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_nucleus.export import native
-from megatron_nucleus.training import checkpointing, shard_files, step_folders
-from megatron_nucleus.training.checkpointing import Checkpointer
-from tests.training.sharded_state import EXTRA, assert_holds, build, fill, grid
+from megatron_nucleus.training.checkpointing import checkpointer, shard_files, step_folders
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
+from tests.training.checkpointing.sharded_state import EXTRA, assert_holds, build, fill, grid
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
@@ -103,7 +103,7 @@ def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: 
         report.send(0)
         time.sleep(60)
 
-    write, rename, renamed = checkpointing.write_tensors, os.rename, []
+    write, rename, renamed = checkpointer.write_tensors, os.rename, []
 
     def write_model_only(ranks, tensors, folder, target):
         return stop() if folder.name == "optimizer" else write(ranks, tensors, folder, target)
@@ -113,8 +113,8 @@ def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: 
         stop() if len(renamed) == 2 else rename(*args)
 
     module, name, action = {
-        "shards": (checkpointing, "write_tensors", write_model_only),
-        "check": (checkpointing, "_check_written", stop),
+        "shards": (checkpointer, "write_tensors", write_model_only),
+        "check": (checkpointer, "_check_written", stop),
         "manifest": (native, "write_manifest", stop),
         "rename": (step_folders.os, "rename", stop),
         "latest": (native, "set_latest", stop),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch.distributed as dist
 
-from megatron_nucleus.training.roll_call import DONE, Beat, Finding, Sighting
+from megatron_nucleus.training.watchdog.roll_call import DONE, Beat, Finding, Sighting
 
 # Only so many ranks read everybody's beats: the store's load then grows with the ranks, not with their square.
 _OBSERVERS = 32

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from megatron_nucleus.export import native
-from megatron_nucleus.training import checkpointing
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing import checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.utils.errors import DataError
 from tests.ranks import run_ranks
 from tests.support import ROOT
-from tests.training.sharded_state import EXTRA, assert_holds, build, fill, grid
+from tests.training.checkpointing.sharded_state import EXTRA, assert_holds, build, fill, grid
 
 
 class Gate:
@@ -26,15 +26,15 @@ class Gate:
 
     def __init__(self):
         self.open, self.came = threading.Event(), threading.Event()
-        write = checkpointing.write_tensors
+        write = checkpointer.write_tensors
 
         def wait_and_write(*args):
             self.came.set()
             assert self.open.wait(30)
             return write(*args)
 
-        self.undo = lambda: setattr(checkpointing, "write_tensors", write)
-        checkpointing.write_tensors = wait_and_write
+        self.undo = lambda: setattr(checkpointer, "write_tensors", write)
+        checkpointer.write_tensors = wait_and_write
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_the_block_finishes_what_is_pending(tmp_path):
 
 
 def test_an_error_does_not_wait_for_ever_for_a_pending_save(tmp_path, gate, monkeypatch, caplog):
-    monkeypatch.setattr(checkpointing, "_GRACE_S", 0.1)
+    monkeypatch.setattr(checkpointer, "_GRACE_S", 0.1)
     with pytest.raises(Trouble):
         save_and_fail(tmp_path, 1)
     assert "dropped the pending save" in caplog.text
@@ -146,7 +146,7 @@ def test_an_error_of_the_run_is_not_hidden_by_that_of_a_save(tmp_path, monkeypat
     def fail(*args):
         raise RuntimeError("writing failed")
 
-    monkeypatch.setattr(checkpointing, "write_tensors", fail)
+    monkeypatch.setattr(checkpointer, "write_tensors", fail)
     with pytest.raises(Trouble):
         save_and_fail(tmp_path, 1)
     assert "the pending save failed: writing failed" in caplog.text
@@ -155,13 +155,13 @@ def test_an_error_of_the_run_is_not_hidden_by_that_of_a_save(tmp_path, monkeypat
 SCRIPT = """
     import sys, time
     sys.path.insert(0, {root!r})
-    from megatron_nucleus.training import checkpointing
-    from tests.training.sharded_state import EXTRA, build, fill, grid
+    from megatron_nucleus.training.checkpointing import checkpointer
+    from tests.training.checkpointing.sharded_state import EXTRA, build, fill, grid
 
-    write = checkpointing.write_tensors
-    checkpointing.write_tensors = lambda *args: (time.sleep(0.5), write(*args))[1]
+    write = checkpointer.write_tensors
+    checkpointer.write_tensors = lambda *args: (time.sleep(0.5), write(*args))[1]
     ps = grid()
-    checkpointing.Checkpointer(sys.argv[1], asynchronous=True).save(fill(build(ps), ps, 1), EXTRA)
+    checkpointer.Checkpointer(sys.argv[1], asynchronous=True).save(fill(build(ps), ps, 1), EXTRA)
     sys.exit(7)
 """
 

@@ -26,10 +26,15 @@ from torch import Tensor
 from megatron_nucleus.export import native
 from megatron_nucleus.export.coverage import check_complete, read_layout
 from megatron_nucleus.export.safetensors_header import TensorInfo
-from megatron_nucleus.training.agreement import Ranks
-from megatron_nucleus.training.async_save import Background, copy_to_host
-from megatron_nucleus.training.shard_files import contiguous, explained, read_tensors, write_tensors
-from megatron_nucleus.training.step_folders import (
+from megatron_nucleus.training.checkpointing.agreement import Ranks
+from megatron_nucleus.training.checkpointing.async_save import Background, copy_to_host
+from megatron_nucleus.training.checkpointing.shard_files import (
+    contiguous,
+    explained,
+    read_tensors,
+    write_tensors,
+)
+from megatron_nucleus.training.checkpointing.step_folders import (
     clear_leftovers,
     prune,
     publish,

@@ -13,11 +13,19 @@ from safetensors.torch import load_file, save_file
 from megatron_nucleus.export import native
 from megatron_nucleus.export.coverage import read_layout
 from megatron_nucleus.export.tensor_store import TensorStore
-from megatron_nucleus.training import checkpointing
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing import checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.utils.errors import DataError
 from tests.ranks import run_ranks
-from tests.training.sharded_state import EXTRA, SHAPES, assert_holds, build, fill, full_values, grid
+from tests.training.checkpointing.sharded_state import (
+    EXTRA,
+    SHAPES,
+    assert_holds,
+    build,
+    fill,
+    full_values,
+    grid,
+)
 
 
 def load_and_save(folder: Path, load: int | None, save: int, ep: int = 1, replicate: int = 1) -> None:
@@ -151,7 +159,7 @@ LOST = {
 
 def save_and_lose(folder: Path, kinds: list[str]) -> list[str]:
     ps = grid(ep=2)
-    state, saver, write = build(ps), Checkpointer(folder, control=ps.control), checkpointing.write_tensors
+    state, saver, write = build(ps), Checkpointer(folder, control=ps.control), checkpointer.write_tensors
     saver.save(fill(state, ps, 1), EXTRA)
     messages = []
     for kind in kinds:
@@ -162,13 +170,13 @@ def save_and_lose(folder: Path, kinds: list[str]) -> list[str]:
                 lose(kind, into)
             return files
 
-        checkpointing.write_tensors = write_and_lose
+        checkpointer.write_tensors = write_and_lose
         with pytest.raises(DataError) as caught:
             saver.save(fill(state, ps, 2), EXTRA)
         messages.append(str(caught.value))
         if ps.rank == 0:
             assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000001"]
-    checkpointing.write_tensors = write
+    checkpointer.write_tensors = write
     saver.load_latest(state)
     assert_holds(state, ps, 1)
     saver.save(fill(state, ps, 2), EXTRA)

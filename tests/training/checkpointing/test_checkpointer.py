@@ -16,7 +16,7 @@ from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
 from megatron_nucleus.export import native
 from megatron_nucleus.export.load import load_model
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
 

@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as dcp
 from megatron_nucleus.export import native
 from megatron_nucleus.export.safetensors_header import TensorInfo
 from megatron_nucleus.export.safetensors_stream import assign_shards
-from megatron_nucleus.training.agreement import Ranks, portable, shared_error
+from megatron_nucleus.training.checkpointing.agreement import Ranks, portable, shared_error
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.staging import explain_write_error
 from megatron_nucleus.utils.tensors import local

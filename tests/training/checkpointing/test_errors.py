@@ -15,12 +15,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_nucleus.export import native
-from megatron_nucleus.training import checkpointing, shard_files, step_folders
-from megatron_nucleus.training.checkpointing import Checkpointer
+from megatron_nucleus.training.checkpointing import checkpointer, shard_files, step_folders
+from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from tests.ranks import run_ranks
-from tests.training.sharded_state import EXTRA, assert_holds, build, fill, grid
+from tests.training.checkpointing.sharded_state import EXTRA, assert_holds, build, fill, grid
 
 
 class Unpicklable(Exception):
@@ -48,7 +48,7 @@ SAVE_FAULTS = {  # (rank, module, name of the function that fails there, its err
         OSError(errno.EROFS, "Read-only file system"),
     ),
     "a bug": (1, shard_files, "_settle", Unpicklable("of a library")),
-    "folder": (0, checkpointing, "clear_leftovers", OSError(errno.EROFS, "Read-only file system")),
+    "folder": (0, checkpointer, "clear_leftovers", OSError(errno.EROFS, "Read-only file system")),
     "manifest": (0, native, "write_manifest", OSError(errno.ENOSPC, "No space left on device")),
     "rename": (0, step_folders.os, "rename", OSError(errno.EACCES, "Permission denied")),
     "latest": (0, native, "set_latest", OSError(errno.EIO, "Input/output error")),
@@ -113,7 +113,7 @@ def fail_to_copy(folder: Path) -> str:
     state = build(ps)
     saver = Checkpointer(folder, control=ps.control, asynchronous=True)
     if ps.rank == 1:
-        checkpointing.copy_to_host = raising(RuntimeError("can't allocate memory"))
+        checkpointer.copy_to_host = raising(RuntimeError("can't allocate memory"))
     with pytest.raises(RuntimeError, match="can't allocate memory") as caught:
         saver.save(fill(state, ps, 1), EXTRA)
     saver.wait()
@@ -132,7 +132,7 @@ class Warnings(logging.Handler):
     def __init__(self):
         super().__init__(logging.WARNING)
         self.said: list[str] = []
-        logging.getLogger(checkpointing.__name__).addHandler(self)
+        logging.getLogger(checkpointer.__name__).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(record.getMessage())

@@ -1,0 +1,138 @@
+"""The parts of a training step, and the clock that runs them in turn on all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from megatron_nucleus.core.collectives import gather_rows
+from megatron_nucleus.core.models.nucleus import NucleusTransformer
+from megatron_nucleus.training.losses import flow_loss
+from megatron_nucleus.types import TextFeatures
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One micro-batch of this rank and how it is computed.
+
+    accumulation: micro-batches per step. bf16: autocast as in training, or bf16 weights where two modules are
+    compared (diffusers' module does not run under autocast).
+    """
+
+    latents_BSP: Tensor
+    sigma_B: Tensor
+    text_BLU: Tensor
+    target_BSP: Tensor
+    grid: tuple[int, int]
+    accumulation: int
+    bf16: bool
+
+
+class Timed:
+    """A module and its call as two parts, forward (no gradients) and forward + backward, with one loss for all."""
+
+    def __init__(self, module: nn.Module, call: Callable[[], Tensor], work: Workload):
+        self.module, self.call, self.work = module, call, work
+        self.autocast = work.bf16 and work.latents_BSP.dtype == torch.float32
+
+    def forward(self) -> Tensor:
+        """Velocity without gradients."""
+        with torch.no_grad(), self._precision():
+            velocity_BSP = self.call()
+        # Only a backward pass frees all gathered weights, and the next part must gather its own.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return velocity_BSP
+
+    def forward_backward(self, last: bool = True) -> None:
+        """Fresh gradients of the velocity MSE in ``module``.
+
+        Args:
+            last: whether it is a step's last micro-batch, of which copies of the weights on other ranks learn.
+        """
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(last)
+        for p in self.module.parameters():
+            p.grad = None
+        with self._precision():
+            velocity_BSP = self.call()
+        flow_loss(velocity_BSP, self.work.target_BSP).backward()
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        device_type = self.work.latents_BSP.device.type
+        return torch.autocast(device_type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+
+
+def call_ours(model: NucleusTransformer, work: Workload) -> Tensor:
+    """Velocity [B, S, P] of our module."""
+    return model(work.latents_BSP, work.sigma_B, TextFeatures(work.text_BLU), work.grid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Seconds of one part: median, quartiles and least of ``repeats`` runs."""
+
+    median_s: float
+    p25_s: float
+    p75_s: float
+    min_s: float
+    repeats: int
+
+
+def spread(seconds: list[float]) -> Spread:
+    """Summary of one part's times."""
+    ordered = sorted(seconds)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    return Spread(statistics.median(ordered), quartiles[0], quartiles[2], ordered[0], len(ordered))
+
+
+def interleave(
+    parts: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    control: dist.ProcessGroup | None = None,
+    after: Callable[[str], None] = lambda name: None,
+) -> dict[str, Spread]:
+    """Run all parts in turn, ``warmup`` rounds untimed and ``repeats`` rounds timed; every other round backwards.
+
+    Several ranks start each part together, and a part's time is that of the rank that took longest.
+
+    Args:
+        parts: by name; every rank has the same ones in the same order.
+        control: gloo group of all ranks; None for a single process.
+        after: called with a part's name behind each run of it, untimed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for round_number in range(warmup + repeats):
+        for name in list(parts) if round_number % 2 == 0 else reversed(list(parts)):
+            _wait(device)
+            if control is not None:
+                dist.barrier(control)
+            start = time.perf_counter()
+            parts[name]()
+            _wait(device)
+            elapsed_s = time.perf_counter() - start
+            after(name)
+            if round_number >= warmup:
+                seconds[name].append(elapsed_s)
+    return {name: spread(largest(values, control)) for name, values in seconds.items()}
+
+
+def largest(values: Sequence[float], control: dist.ProcessGroup | None) -> list[float]:
+    """Of each value the largest that any rank has, the same on all of them; whole numbers are exact up to 2^53."""
+    return gather_rows(torch.tensor(values, dtype=torch.float64), control).amax(0).tolist()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

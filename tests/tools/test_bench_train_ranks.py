@@ -1,0 +1,209 @@
+"""tools/bench_train.py over several ranks: the bytes, whose times count, and the same function on every grid."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
+from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.training import flops
+from megatron_nucleus.training.benchmark.benchmark import (
+    BenchConfig,
+    make_workload,
+    randomise_zeros,
+    run_benchmark,
+)
+from megatron_nucleus.training.benchmark.parts import Spread, Timed, Workload, call_ours, interleave
+from tests.core.parallel_cases import SHAPE, build, join, whole
+from tests.ranks import run_ranks
+from tests.tools.test_bench_train import FAST, small_shape
+
+pytestmark = pytest.mark.dist
+CPU = torch.device("cpu")
+
+
+def printed(argv: list[str], rank: str | None = None) -> str:
+    """What the program prints on this rank; rank: which one it takes itself for when it prints."""
+    from tools.bench_train import main
+
+    if rank is not None:
+        os.environ["RANK"] = rank
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*argv, "--json"])
+    return out.getvalue()
+
+
+def figures(world: int, folder, *flags: str) -> dict:
+    """The JSON object, which is the same on every rank."""
+    texts = run_ranks(world, printed, folder, [*FAST, "--global-batch-size", "8", *flags], "0")
+    results = [json.loads(text.splitlines()[-1]) for text in texts]
+    assert results == [results[0]] * world
+    return results[0]
+
+
+EP2 = ("--expert-model-parallel-size", "2")
+ROW = (
+    4 * 3 * 128
+)  # values a layer sends per image: 4 experts take 3 of 6 tokens each, 128 wide; one MoE layer
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "expected"),
+    [
+        (2, EP2, 4 * 4 * ROW * 4),  # exchanges x images x values x bytes
+        (2, (*EP2, "--forward-only"), 2 * 4 * ROW * 4),
+        (2, (*EP2, "--bf16", "--moe-overlap-chunks", "2"), 4 * 4 * ROW * 2),
+        (2, (), 0),
+        (4, (*EP2, "--micro-batch-size", "1", "--recompute-granularity", "full"), 2 * 4 * ROW * 4),
+        (4, ("--expert-model-parallel-size", "4"), 4 * 2 * ROW * 4),
+    ],
+)
+def test_all_to_all_bytes_are_those_of_the_theory(world, flags, expected, tmp_path):
+    result = figures(world, tmp_path, *flags)
+    assert result["all_to_all_bytes_per_rank_per_step"] == expected
+    assert result["all_to_all_bytes_theory"] == expected
+
+
+def test_a_step_is_that_of_all_ranks_and_mfu_that_of_a_device(tmp_path):
+    flags = (*EP2, "--data-parallel-replicate-size", "2", "--micro-batch-size", "1", "--peak-tflops", "0.5")
+    result = figures(4, tmp_path, *flags)
+    assert (result["ranks"], result["expert_model_parallel_size"]) == (4, 2)
+    assert result["data_parallel_replicate_size"] == 2
+    assert result["dense_grid"] == {"replicate": 2, "shard": 2}
+    assert result["expert_grid"] == {"expert_replicate": 2, "efsdp": 1, "ep": 2}
+    parts = [result[name]["median_s"] for name in ("accumulation", "forward_backward", "optimizer")]
+    assert result["step_s"] == pytest.approx(sum(parts))
+    assert result["samples_per_step"] == 8
+    assert result["samples_per_s"] == pytest.approx(8 / result["step_s"])
+    expected = 8 * flops.training_flops_per_image(small_shape(), tokens=6, text_tokens=5)
+    assert result["model_flops_per_step"] == expected
+    assert result["model_tflops"] == pytest.approx(expected / result["step_s"] / 4 / 1e12)
+    assert result["mfu"] == pytest.approx(result["model_tflops"] / 0.5)
+    assert all(count > 0 for count in result["muon_bytes_per_rank_per_step"].values())
+
+
+def test_rank_0_alone_prints(tmp_path):
+    first, second = run_ranks(2, printed, tmp_path, [*FAST, *EP2])
+    assert second == ""
+    assert "2 ranks: dense replicate 1 x shard 2; experts expert_replicate 1 x efsdp 1 x ep 2" in first
+    assert "0.05 MiB into all-to-alls, its own share included (theory 0.05 MiB); Muon gather" in first
+
+
+def small_work() -> Workload:
+    bench = BenchConfig(text_tokens=3)
+    return make_workload(SHAPE, bench, (2, 3), micro_batch_size=2, accumulation=1, bf16=False, device=CPU)
+
+
+def muon_bytes() -> tuple[dict, dict]:
+    """(as reported, of this rank)."""
+    config = ParallelConfig()
+    parallel = join(config)
+    bench = BenchConfig(steps=1, warmup=0, text_tokens=3)
+    model = build(parallel, config)
+    result = run_benchmark(model, bench, OptimizerConfig(), small_work(), None, parallel)
+    own = build_optimizer(build(parallel, config), OptimizerConfig()).muon.traffic()
+    return result["muon_bytes_per_rank_per_step"], own
+
+
+def test_muon_bytes_are_those_of_the_rank_that_sends_most(tmp_path):
+    results = run_ranks(3, muon_bytes, tmp_path)
+    own = [own for _, own in results]
+    assert own[0] != own[1], "equal shares would not tell the most from the first"
+    assert results[0][0] == {stage: max(rank[stage] for rank in own) for stage in own[0]}
+
+
+def alternately_slow() -> tuple[Spread, Spread]:
+    """Each rank sleeps in every other run of one part, and rank 1 comes late to another."""
+    rank, runs = dist.get_rank(), itertools.count()
+
+    def slow() -> None:
+        time.sleep(0.05 if (next(runs) + rank) % 2 else 0.0)
+
+    def late(part: str) -> None:
+        time.sleep(0.5 * rank)
+
+    slept = interleave({"part": slow}, 4, 0, CPU, dist.group.WORLD)["part"]
+    met = interleave({"part": dist.barrier}, 3, 1, CPU, dist.group.WORLD, late)["part"]
+    return slept, met
+
+
+def test_times_are_of_the_slowest_rank_and_without_the_wait_for_its_start(tmp_path):
+    first, second = run_ranks(2, alternately_slow, tmp_path)
+    assert first == second
+    slept, met = first
+    assert slept.min_s >= 0.05
+    assert slept.repeats == 4
+    assert met.min_s < 0.4
+
+
+def randomised(settings: dict) -> dict[str, np.ndarray]:
+    config = ParallelConfig(**settings)
+    model = build(join(config), config)
+    before = {name: whole(p) for name, p in model.named_parameters()}
+    randomise_zeros(model)
+    after = {name: whole(p) for name, p in model.named_parameters()}
+    for name, values in after.items():
+        if before[name].any():
+            assert np.array_equal(values, before[name]), f"{name} did not start at zero"
+        else:
+            assert 0.01 < values.std() < 0.03, name
+    return after
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (3, {}),  # no number of rows is a multiple of the ranks
+        (4, {"expert_model_parallel_size": 2, "data_parallel_replicate_size": 2}),
+    ],
+)
+def test_every_grid_times_the_same_function(world, settings, tmp_path):
+    alone = randomised({})
+    for values in run_ranks(world, randomised, tmp_path, settings):
+        assert values.keys() == alone.keys()
+        assert [name for name in alone if not np.array_equal(values[name], alone[name])] == []
+
+
+def parts_of_a_micro_batch(settings: dict) -> None:
+    config = ParallelConfig(**settings)
+    model, work = build(join(config), config), small_work()
+    randomise_zeros(model)
+    timed = Timed(model, lambda: call_ours(model, work), work)
+
+    def gradients(*micro_batches: bool) -> dict[str, torch.Tensor]:
+        for last in micro_batches:
+            timed.forward_backward(last)
+        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+    timed.forward()
+    gathered = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    assert gathered == [], "the next part would gather less than a training step does"
+    once, twice = gradients(True), gradients(False, True)
+    assert once.keys() == twice.keys()
+    for name, gradient in once.items():
+        assert gradient.any(), name
+        assert torch.equal(twice[name], 2 * gradient), (
+            f"{name}: the copies did not wait for the last micro-batch"
+        )
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_parts_are_those_of_a_training_step(reshard, tmp_path):
+    """A forward pass leaves nothing gathered; copies exchange the sum over the micro-batches with the last one."""
+    run_ranks(
+        2,
+        parts_of_a_micro_batch,
+        tmp_path,
+        {"data_parallel_replicate_size": 2, "reshard_after_forward": reshard},
+    )
