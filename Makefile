@@ -16,7 +16,7 @@ TORCH_PIP_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 WORKERS  ?= 2
 
-.PHONY: demo test test-dist test-slurm test-gpu lint bench build clean install
+.PHONY: demo test test-dist test-slurm test-gpu lint bench bench-scale build clean install
 
 install: $(VENV)/.installed
 
@@ -62,6 +62,10 @@ bench: install
 	$(BENCH) --config examples/demo_cpu.yaml
 	$(BENCH) --preset nucleus_image_17b --num-layers 1 --dense-moe-strategy all_moe --num-experts 8 \
 	  --capacity-factors 2 --grid 16 16 --global-batch-size 1
+
+bench-scale: install
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_scale.py --ranks 4 --expert-model-parallel-sizes 1 2 4 \
+	  --rounds 3 --output benchmarks/scale_cpu.json -- --config examples/demo_cpu.yaml --cpu-threads 1 --steps 5 --warmup 1
 
 build: install
 	$(PY) setup.py build_ext --inplace
