@@ -1,0 +1,65 @@
+"""Activation checkpointing: what is kept, what is repeated, and the memory it saves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.core.recompute import recomputing, replaying
+from megatron_nucleus.types import TextFeatures
+from tests.core.parallel_cases import SHAPE, build, join
+from tests.ranks import run_ranks
+
+LAYERS = 8
+DEEP = dataclasses.replace(SHAPE, num_layers=LAYERS, capacity_factors=(0.0,) + (2.0,) * (LAYERS - 1))
+GRID = (32, 32)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def forward_growth(granularity: str) -> int:
+    """Resident bytes that a forward pass leaves behind until its backward pass."""
+    config = ParallelConfig(recompute_granularity=granularity)
+    model = build(join(config, DEEP), config, DEEP)
+    inputs = torch.randn(4, 1024, SHAPE.patch_channels), torch.rand(4), TextFeatures(torch.randn(4, 5, 24))
+    before = resident_bytes()
+    out = model(*inputs, GRID)
+    growth = resident_bytes() - before
+    out.sum().backward()
+    return growth
+
+
+@pytest.mark.dist
+def test_recomputation_saves_memory(tmp_path):
+    none, selective, full = (
+        run_ranks(1, forward_growth, tmp_path, g)[0] for g in ("none", "selective", "full")
+    )
+    assert none > 50e6
+    assert selective < 0.75 * none
+    assert full < 0.35 * none
+
+
+def test_choices_are_replayed_not_repeated():
+    """The router's choice in the backward pass is that of the forward pass, even if the scores have moved since."""
+    scores = torch.tensor([[3.0, 1.0, 2.0]], requires_grad=True)
+    calls = []
+
+    def choose(x):
+        calls.append(replaying())
+        best, index = torch.topk(x, 2)
+        return (best * torch.tensor([1.0, 10.0])).sum() + x.gather(1, index).exp().sum()
+
+    out = recomputing(choose, "full")(scores)
+    now = torch.tensor([[2.0, 3.0, 1.0]])  # others would be chosen
+    scores.data.copy_(now)  # behind autograd's back
+    out.backward()
+    assert calls == [False, True]
+    taken = torch.tensor([[1.0, 0.0, 1.0]])
+    expected = torch.tensor([[1.0, 0.0, 10.0]]) + now.exp() * taken
+    torch.testing.assert_close(scores.grad, expected)
