@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -25,24 +26,9 @@ from megatron_nucleus.core.parallel_state import (
 from megatron_nucleus.core.parallelize import expert_bytes_exchanged, materialise, parallelize
 from megatron_nucleus.types import TextFeatures
 from megatron_nucleus.utils import rng
+from tests.shapes import TINY
 
-SHAPE = ModelShape(
-    num_layers=3,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_key_value_heads=1,
-    text_dim=24,
-    latent_channels=4,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
-    mlp_ratio=8.0,
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=8,
-    moe_intermediate_dim=16,
-    capacity_factors=(0.0, 2.0, 3.0),
-    use_sigmoid=False,
-    route_scale=2.5,
-)
+SHAPE = dataclasses.replace(TINY, num_layers=3, num_experts=8, capacity_factors=(0.0, 2.0, 3.0))
 IMAGES, GRID, TEXT_TOKENS = 16, (3, 4), 5
 
 

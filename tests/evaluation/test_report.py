@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html.parser
 import io
 import json
@@ -27,23 +28,15 @@ from megatron_nucleus.export import native
 from megatron_nucleus.inference.pipeline import load_pipeline
 from megatron_nucleus.types import TextFeatures
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from tests.shapes import TINY
 
-SHAPE = ModelShape(
+SHAPE = dataclasses.replace(
+    TINY,
     num_layers=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_key_value_heads=1,
     text_dim=256,
     latent_channels=16,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
-    mlp_ratio=8.0,
     dense_moe_strategy="leave_first_three_blocks_dense",
-    num_experts=4,
-    moe_intermediate_dim=16,
     capacity_factors=(0.0, 0.0, 0.0, 2.0),
-    use_sigmoid=False,
-    route_scale=2.5,
 )
 
 

@@ -13,25 +13,10 @@ from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.export import native
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
+from tests.shapes import TINY as BASE
 
 # 2F == D: a transposed expert matrix would pass every shape check.
-TINY = ModelShape(
-    num_layers=5,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_key_value_heads=1,
-    text_dim=24,
-    latent_channels=4,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
-    mlp_ratio=8.0,
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=16,
-    capacity_factors=(0.0, 2.0, 2.0, 1.0, 2.0),
-    use_sigmoid=False,
-    route_scale=2.5,
-)
+TINY = dataclasses.replace(BASE, num_layers=5, capacity_factors=(0.0, 2.0, 2.0, 1.0, 2.0))
 EXTRA = {
     "seed": 5,
     "codec": {"name": "dct", "coefficients": [8, 4, 4]},

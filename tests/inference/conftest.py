@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,23 +14,18 @@ from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.export import native
+from tests.shapes import TINY as BASE
 
-TINY = ModelShape(
+TINY = dataclasses.replace(
+    BASE,
     num_layers=3,
     num_attention_heads=4,
-    attention_head_dim=16,
     num_key_value_heads=2,
     text_dim=256,
     latent_channels=16,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
     mlp_ratio=4.0,
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
     moe_intermediate_dim=24,
     capacity_factors=(0.0, 2.0, 1.0),
-    use_sigmoid=False,
-    route_scale=2.5,
 )
 
 

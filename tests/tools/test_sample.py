@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -15,32 +16,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
-from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.export import native
 from megatron_nucleus.export.convert import convert
 from megatron_nucleus.inference.outputs import read_prompts
 from megatron_nucleus.inference.pipeline import load_pipeline
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from tests.shapes import TINY
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "sample.py"
-SHAPE = ModelShape(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_key_value_heads=1,
-    text_dim=256,
-    latent_channels=16,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
-    mlp_ratio=8.0,
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=16,
-    capacity_factors=(0.0, 2.0),
-    use_sigmoid=False,
-    route_scale=2.5,
-)
+SHAPE = dataclasses.replace(TINY, text_dim=256, latent_channels=16)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,4 @@
-"""What a rank holds of a parameter. A sharded parameter is a `torch.distributed.tensor.DTensor`.
-
-One is known by its methods: importing the class takes half a second, which a single process need not pay.
-"""
+"""What a rank holds of a parameter. A sharded parameter is a `torch.distributed.tensor.DTensor`."""
 
 from __future__ import annotations
 
@@ -10,18 +7,16 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from megatron_nucleus.utils.tensors import is_sharded
+from megatron_nucleus.utils.tensors import local as own_part
+
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, sharing its memory; a plain tensor is its own part. For `torch.no_grad`.
 
     Arithmetic value by value runs on these: a DTensor's own operations cost more than small updates do.
     """
-    return [t.to_local() if is_sharded(t) else t for t in tensors]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is spread over a mesh of ranks."""
-    return hasattr(tensor, "to_local")
+    return [own_part(t) for t in tensors]
 
 
 def copies(tensor: Tensor) -> int:

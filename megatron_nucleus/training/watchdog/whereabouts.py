@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch._C import _distributed_c10d as c10d
 
-_PACKAGE = Path(__file__).parents[1]
+import megatron_nucleus
+
+_PACKAGE = Path(megatron_nucleus.__file__).parent
 _TORCH = Path(torch.__file__).parent
 # Modules of torch whose innermost function is the collective that a stack waits in.
 _COLLECTIVE_FILES = ("distributed/distributed_c10d.py", "distributed/_functional_collectives.py",

@@ -73,6 +73,7 @@ def test_the_files_hold_the_state_at_the_call(tmp_path, world):
         train_while_saving(tmp_path / "c")
     else:
         run_ranks(world, train_while_saving, tmp_path, tmp_path / "c")
+    assert [step.name for step in native.list_steps(tmp_path / "c")][-1] == "step_00000004"
 
 
 def test_a_second_save_waits_for_the_first(tmp_path, gate):

@@ -19,24 +19,9 @@ from megatron_nucleus.export.load import load_model
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from tests.shapes import TINY
 
-SHAPE = ModelShape(
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_key_value_heads=1,
-    text_dim=24,
-    latent_channels=4,
-    patch_size=2,
-    axes_dims_rope=(4, 6, 6),
-    mlp_ratio=8.0,
-    dense_moe_strategy="leave_first_block_dense",
-    num_experts=4,
-    moe_intermediate_dim=16,
-    capacity_factors=(0.0, 2.0),
-    use_sigmoid=False,
-    route_scale=2.5,
-)
+SHAPE = TINY
 EXTRA = {"seed": 3, "model": native.shape_to_dict(SHAPE), "codec": {"name": "dct"}, "text_encoder": None}
 
 
