@@ -35,6 +35,7 @@ from megatron_nucleus.training.initialize import (
 )
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils import config as cfg
+from megatron_nucleus.utils.config_files import Origins, read_yaml
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -80,14 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load_run(args: argparse.Namespace) -> tuple[arguments.RunConfig, BenchConfig]:
     """Merge file and flags; ``data.data_path`` is not needed here."""
-    values = cfg.read_yaml(args.config) if args.config else DEFAULTS
-    data = values.get("data")
-    if data is None or isinstance(data, dict):
-        values = values | {"data": {"data_path": "none"} | (data or {})}
+    values, origins = read_yaml(args.config) if args.config else (DEFAULTS, Origins())
+    values = values | {"data": {"data_path": "none"} | values.get("data", {})}
     where = str(args.config or "defaults")
     only = {k: v for k, v in values.items() if k == "bench"}
     rest = {k: v for k, v in values.items() if k != "bench"}
-    run = cfg.from_dict(arguments.RunConfig, rest, flags=vars(args), where=where)
+    run = cfg.from_dict(arguments.RunConfig, rest, flags=vars(args), where=where, origins=origins)
     arguments.check(run)
     return run, cfg.from_dict(BenchOnly, only, flags=vars(args), where=where).bench
 

@@ -4,6 +4,10 @@ A program declares a frozen dataclass whose fields are *sections*, themselves fr
 beside the code that reads them. Every field of a section is a *knob*: one YAML key inside the section and one
 command-line flag (``train_steps`` -> ``--train-steps``). Precedence: default < ``--config`` file < flag.
 Unknown keys and flags are errors that name the nearest known one.
+
+A knob's type is a scalar, a tuple of scalars, one of these or None, or a *structured* type for what needs a table: a
+class with ``from_plain(raw, label)``, which checks a YAML value and raises ConfigError beginning with ``label``, and
+``to_plain()``, its inverse. Its flag takes YAML text.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from megatron_nucleus.utils.config_files import Origins, read_yaml
 from megatron_nucleus.utils.errors import ConfigError, nearest
 
 T = TypeVar("T")
@@ -110,58 +115,65 @@ def load(cls: type[T], args: argparse.Namespace, config_file: str | Path | None)
     Raises:
         ConfigError: unknown section or key, wrong type, value outside the choices, or a missing required knob.
     """
-    values = read_yaml(config_file) if config_file else {}
-    return from_dict(cls, values, flags=vars(args), where=str(config_file or "defaults"))
+    return load_named(cls, args, config_file)[0]
 
 
-def read_yaml(path: str | Path) -> dict:
-    """Read a YAML mapping; ConfigError when it is missing, unreadable or no mapping."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of sections, got {type(values).__name__}")
-    return values
+def load_named(cls: type[T], args: argparse.Namespace, config_file: str | Path | None) -> tuple[T, Origins]:
+    """`load`, and which file gave each value that no flag overrode: for the messages of later checks."""
+    values, origins = read_yaml(config_file) if config_file else ({}, Origins())
+    flags = {name for name, value in vars(args).items() if value is not _UNSET}
+    origins = Origins({name: file for name, file in origins.items() if name not in flags})
+    where = str(config_file or "defaults")
+    return from_dict(cls, values, flags=vars(args), where=where, origins=origins), origins
 
 
-def from_dict(cls: type[T], values: dict, flags: dict | None = None, where: str = "config") -> T:
-    """Build ``cls`` from a nested mapping, with optional ``{"section.knob": value}`` flags on top."""
+def from_dict(
+    cls: type[T],
+    values: dict,
+    flags: dict | None = None,
+    where: str = "config",
+    origins: Origins | None = None,
+) -> T:
+    """Build ``cls`` from a nested mapping, with optional ``{"section.knob": value}`` flags on top.
+
+    where: what messages call the mapping. origins: the file of each value, where they come from several.
+    """
+    origins = Origins() if origins is None else origins
     sections = sections_of(cls)
     for name, value in values.items():
         if name not in sections:
-            raise ConfigError(f"{where}: unknown section '{name}'{nearest(name, sections)}")
+            file = next((f for key, f in origins.items() if key.startswith(f"{name}.")), where)
+            raise ConfigError(f"{file}: unknown section '{name}'{nearest(name, sections)}")
         if not isinstance(value, dict) and value is not None:
             raise ConfigError(f"{where}: section '{name}' must be a mapping, got {value!r}")
     built = {
-        name: _build_section(name, section_cls, values.get(name) or {}, flags or {}, where)
+        name: _build_section(name, section_cls, values.get(name) or {}, flags or {}, where, origins)
         for name, section_cls in sections.items()
     }
     return cls(**built)
 
 
-def _build_section(section: str, cls: type, values: dict, flags: dict, where: str) -> Any:
+def _build_section(section: str, cls: type, values: dict, flags: dict, where: str, origins: Origins) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{section}.{key}'{nearest(str(key), fields)}")
+            file = origins.get(f"{section}.{key}", where)
+            raise ConfigError(f"{file}: unknown key '{section}.{key}'{nearest(str(key), fields)}")
     out = {}
     for name, field in fields.items():
         flag_value = flags.get(f"{section}.{name}", _UNSET)
         if flag_value is not _UNSET:
             label, raw = "--" + name.replace("_", "-"), flag_value
         elif name in values:
-            label, raw = f"{where}: {section}.{name}", values[name]
+            label, raw = f"{origins.get(f'{section}.{name}', where)}: {section}.{name}", values[name]
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"{where}: {section}.{name} (--{name.replace('_', '-')}) is required")
         else:
             continue
         out[name] = coerce(raw, hints[name], label, field.metadata.get("choices") or ())
-    return cls(**out)
+    with origins.named():
+        return cls(**out)
 
 
 def coerce(raw: Any, hint: Any, label: str, choices: tuple = ()) -> Any:
@@ -169,6 +181,8 @@ def coerce(raw: Any, hint: Any, label: str, choices: tuple = ()) -> Any:
     base, optional = _strip_optional(hint)
     if optional and (raw is None or (isinstance(raw, str) and raw.lower() == "none")):
         return None
+    if hasattr(base, "from_plain"):
+        return base.from_plain(_parse_text(raw, label), label)
     value = (
         _coerce_tuple(raw, base, label)
         if typing.get_origin(base) is tuple
@@ -178,6 +192,16 @@ def coerce(raw: Any, hint: Any, label: str, choices: tuple = ()) -> Any:
         guess = nearest(str(value), map(str, choices))
         raise ConfigError(f"{label}: {value!r} is not allowed{guess}; one of: {', '.join(map(str, choices))}")
     return value
+
+
+def _parse_text(raw: Any, label: str) -> Any:
+    """The value of a structured knob; on the command line it is YAML text."""
+    if not isinstance(raw, str):
+        return raw
+    try:
+        return yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{label}: not valid YAML ({' '.join(str(error).split())})") from error
 
 
 def _coerce_scalar(raw: Any, base: type, label: str) -> Any:
@@ -218,6 +242,8 @@ def to_dict(config: Any) -> dict:
     """Nested plain mapping of a configuration (tuples as lists, paths as text), ready for YAML or JSON."""
 
     def plain(value: Any) -> Any:
+        if hasattr(value, "to_plain"):
+            return value.to_plain()
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, (list, tuple)):
@@ -239,6 +265,8 @@ def _strip_optional(hint: Any) -> tuple[Any, bool]:
 def _metavar(base: Any) -> str:
     if typing.get_origin(base) is tuple:
         base = typing.get_args(base)[0]
+    if hasattr(base, "from_plain"):
+        return "YAML"
     return {int: "N", float: "X", str: "TEXT", Path: "PATH"}.get(base, "VALUE")
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.config import Parser, knob
+from megatron_nucleus.utils.config_files import Origins, read_yaml
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -91,7 +92,7 @@ def test_bad_input_is_named(argv, yaml, message, tmp_path):
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
-        cfg.read_yaml(tmp_path / "none.yaml")
+        read_yaml(tmp_path / "none.yaml")
 
 
 def test_round_trip(tmp_path):
@@ -109,3 +110,114 @@ def test_help_shows_groups_units_and_defaults():
     assert "optim:" in text
     assert "How to learn." in text
     assert "1/step, default 0.0001" in " ".join(text.split())
+
+
+class Table:
+    """A structured knob."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    @classmethod
+    def from_plain(cls, raw, label):
+        if not isinstance(raw, list):
+            raise ConfigError(f"{label}: expected a list of rows, got {raw!r}")
+        return cls(tuple(raw))
+
+    def to_plain(self):
+        return list(self.rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """A mixture."""
+
+    table: Table | None = knob(None, "rows")
+    total_rows: int = knob(2, "rows that are allowed")
+
+    def __post_init__(self):
+        if self.table is not None and len(self.table.rows) > self.total_rows:
+            raise ConfigError(f"total_rows {self.total_rows}: the table has {len(self.table.rows)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithMix:
+    mix: Mix
+
+
+def load_mix(argv, path=None):
+    parser = Parser(prog="t")
+    cfg.add_arguments(parser, WithMix)
+    return cfg.load(WithMix, parser.parse_args(argv), path)
+
+
+def test_structured_knob_from_yaml_from_a_flag_and_back(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("mix: {table: [a, 1]}")
+    assert load_mix([], path).mix.table.rows == ("a", 1)
+    assert load_mix(["--table", "[b]"], path).mix.table.rows == ("b",)
+    assert load_mix(["--table", "none"], path).mix.table is None
+    assert cfg.to_dict(load_mix([], path)) == {"mix": {"table": ["a", 1], "total_rows": 2}}
+    with pytest.raises(ConfigError, match=r"^--table: expected a list of rows, got 3$"):
+        load_mix(["--table", "3"])
+    with pytest.raises(ConfigError, match=r"^--table: not valid YAML"):
+        load_mix(["--table", "[3"])
+
+
+def test_a_file_is_a_difference_to_its_base(tmp_path):
+    (tmp_path / "deep").mkdir()
+    first, second, third = tmp_path / "1.yaml", tmp_path / "deep" / "2.yaml", tmp_path / "3.yaml"
+    first.write_text("optim: {lr: 1e-2, kind: adamw}\nrun: {train_steps: 5, bf16: true}")
+    second.write_text("base: ../1.yaml\nrun: {train_steps: 6}")
+    third.write_text("base: deep/2.yaml\noptim: {kind: muon}")
+    values, origins = read_yaml(third)
+    assert values == {"optim": {"lr": "1e-2", "kind": "muon"}, "run": {"train_steps": 6, "bf16": True}}
+    assert {key: Path(file).name for key, file in origins.items()} == {
+        "optim.lr": "1.yaml", "optim.kind": "3.yaml", "run.train_steps": "2.yaml", "run.bf16": "1.yaml",
+    }  # fmt: skip
+    first.write_text("optim: {lr: quick}\nrun: {train_steps: 5}")
+    parser = Parser(prog="t")
+    cfg.add_arguments(parser, All)
+    with pytest.raises(ConfigError, match=r"1\.yaml: optim\.lr: expected a number, got 'quick'"):
+        cfg.load(All, parser.parse_args([]), third)
+    first.write_text("optim: {lrr: 1}\nrun: {train_steps: 5}")
+    with pytest.raises(ConfigError, match=r"1\.yaml: unknown key 'optim\.lrr' \(did you mean lr\?\)"):
+        cfg.load(All, parser.parse_args([]), third)
+    first.write_text("optim: [1]")
+    with pytest.raises(ConfigError, match=r"1\.yaml: section 'optim' must be a mapping, got \[1\]"):
+        read_yaml(third)
+
+
+def test_a_base_that_is_missing_or_circular_is_named(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("base: b.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml: base: \S+b\.yaml: no such file"):
+        read_yaml(a)
+    b.write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match=r"is its own base \(\S+a\.yaml -> \S+b\.yaml -> \S+a\.yaml\)"):
+        read_yaml(a)
+    b.write_text("base: [a.yaml]")
+    with pytest.raises(ConfigError, match=r"b\.yaml: base must be the path of one file"):
+        read_yaml(a)
+
+
+def test_errors_of_later_checks_name_the_file_unless_a_flag_gave_the_value(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("mix: {table: [1, 2, 3]}")
+    with pytest.raises(ConfigError, match=r"^total_rows 2: the table has 3$"):  # a default: no file to name
+        load_mix([], path)
+    path.write_text("mix: {table: [1, 2, 3], total_rows: 1}")
+    with pytest.raises(ConfigError, match=r"c\.yaml: mix\.total_rows: total_rows 1: the table has 3$"):
+        load_mix([], path)
+    with pytest.raises(ConfigError, match=r"^total_rows 0: the table has 3$"):
+        load_mix(["--total-rows", "0"], path)
+
+
+def test_origins_find_the_key_that_a_message_names():
+    origins = Origins({"optim.lr": "a.yaml", "run.train_steps": "b.yaml", "run.steps": "c.yaml"})
+    assert origins.find("--train-steps 0: must be at least 1") == "b.yaml: run.train_steps"
+    assert origins.find("optim.lr: must be positive") == "a.yaml: optim.lr"
+    assert origins.find("train_steps 3 and --lr 2") == "b.yaml: run.train_steps"  # the first one
+    assert origins.find("a few steps later") is None  # an ordinary word
+    assert origins.find("--lr-factors x") is None
+    assert origins.find("a.yaml: optim.lr: said already") is None
