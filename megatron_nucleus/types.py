@@ -88,6 +88,7 @@ class RawBatch:
     """What the loader yields: one aspect bucket, either pixels and captions or stored features.
 
     draws: position of each sample in the run's endless sample order; the key of its randomness.
+    step_samples: images of the whole step over all ranks, of which this micro-batch holds some.
     pixels_BCHW: uint8 RGB [B, 3, height_px, width_px], or None when latents_BCHW holds stored codec output.
     texts: the chosen caption of each sample ("" where the caption was dropped).
     text: stored text features, or None when the text is still to be encoded.
@@ -97,6 +98,7 @@ class RawBatch:
     draws: tuple[int, ...]
     ids: tuple[str, ...]
     texts: tuple[str, ...]
+    step_samples: int
     pixels_BCHW: Tensor | None = None
     latents_BCHW: Tensor | None = None
     text: TextFeatures | None = None

@@ -52,11 +52,16 @@ def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
     """
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        first_row = 0
-        if isinstance(parameter, DTensor):
-            where = (parameter.shape, parameter.device_mesh, parameter.placements)
-            first_row = compute_local_shape_and_global_offset(*where)[1][0]
-        init_rows(name, local(parameter.detach()), seed, parameter.shape, first_row)
+        init_rows(name, local(parameter.detach()), seed, parameter.shape, held_rows(parameter)[0])
+
+
+def held_rows(parameter: nn.Parameter) -> tuple[int, int]:
+    """First and last + 1 of the rows (along the first axis) that this rank holds of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    where = (parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = compute_local_shape_and_global_offset(*where)
+    return offset[0], offset[0] + shape[0]
 
 
 def expert_bytes_exchanged(model: NucleusTransformer) -> int:

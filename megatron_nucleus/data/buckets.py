@@ -1,7 +1,16 @@
 """Aspect buckets: a few image shapes, so that every step of training has one static shape.
 
 A bucket is named after its size in the 1024 px class (``1344x768``, width x height) and keeps that name at
-every resolution. The seven shapes are those of Nucleus-Image (its team's release blog).
+every resolution. The seven shapes are those of Nucleus-Image (its team's release blog); those of other classes
+follow by the rule of `size`. Width x height in px and image tokens, for tokens of 16 x 16 px:
+
+    1024 px (published)       512 px (generated)       256 px (generated)
+    1024x1024    4096         512x512     1024         256x256     256
+    1344x768     4032         672x384     1008         336x192     252
+    1184x896     4144         592x448     1036         288x224     252
+    1248x832     4056         624x416     1014         320x208     260
+
+and the last three turned, as portraits.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def encode_corpus(
         "text_encoder": text_encoder.spec(),
         "resolution_px": resolution_px,
         "patch_size": patch_size,
+        "multiple_px": multiple_px,
     }
     settings = {"source": corpus.manifest_hash, **encoded, **dataclasses.asdict(config)}
     if claim_output(output, "encode", settings) != "complete":
@@ -215,6 +216,7 @@ def _finish(corpus: Corpus, output: Path, settings: dict, encoded: dict) -> None
         index_files=parts.close(),
         counts={**counts, "rejected": {}, "quarantined": dict(sorted(reasons.items()))},
         encoded=encoded,
+        merged_buckets=corpus.manifest.get("merged_buckets"),
     )
 
 

@@ -29,6 +29,11 @@ class FeatureExtractor:
         self.codec, self.text_encoder = codec, text_encoder
         self.patch_size, self.device = patch_size, torch.device(device)
 
+    @property
+    def multiple_px(self) -> int:
+        """Side of a token: image sizes are multiples of it. 1 without a codec: stored latents have their size."""
+        return self.codec.stride_px * self.patch_size if self.codec else 1
+
     @torch.no_grad()
     def extract(self, raw: RawBatch) -> Batch:
         """Encode, pack into tokens, move to the device. Latents and text features come out in fp32.

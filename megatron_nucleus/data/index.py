@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 ROWS_PER_FILE = 50_000
 ROWS_PER_GROUP = 25_000
 _ROWS_PER_CHUNK = 5_000
+TIERS = ("A1", "A2", "A3", "A4", "A5")  # by quality, the best last (Nucleus-Image's data blog)
+EPISODE_BUCKETS = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8")  # the order in which images gain weight
 
 CAPTION_TYPE = pa.struct(
     [
@@ -49,8 +51,8 @@ INDEX_SCHEMA = pa.schema(
         ("height_px", pa.int32()),
         ("exif_orientation", pa.int8()),  # as found, 1-8
         ("aspect_bucket", pa.string()),
-        ("tier", pa.string()),  # A1-A5, null until scored
-        ("episode_bucket", pa.string()),  # B1-B8, null until scored
+        ("tier", pa.string()),  # one of TIERS, null until scored
+        ("episode_bucket", pa.string()),  # one of EPISODE_BUCKETS, null until scored
         ("partition_key", pa.int16()),  # 0-999, from the id
         ("captions", pa.list_(CAPTION_TYPE)),
         ("scores", pa.list_(SCORE_TYPE)),

@@ -1,42 +1,43 @@
 """Batches for training: plan -> indexed reads -> decode -> `RawBatch`, in worker processes, in a fixed order.
 
-A sample depends on (seed, sample ordinal) alone: not on the number of workers, the micro-batch, the rank or
-the point where a run was resumed.
+A sample depends on (seed, step, its position in the step) alone: not on the number of workers, the micro-batch,
+the rank or the point where a run was resumed.
 """
 
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import itertools
 import logging
+import math
 import os
 import signal
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from megatron_nucleus.data import buckets, images
-from megatron_nucleus.data.dataset import Corpus, StoredSample, unpack_features
-from megatron_nucleus.data.planner import Planner
-from megatron_nucleus.types import Caption, RawBatch, TextFeatures
-from megatron_nucleus.utils import rng
+from megatron_nucleus.data.batching import batch_samples, bucket_sizes
+from megatron_nucleus.data.curriculum import CAPTION_CLASSES, CurriculumConfig
+from megatron_nucleus.data.dataset import Cell, Corpus
+from megatron_nucleus.data.mixture import CaptionCurve, CaptionMix, Mixture
+from megatron_nucleus.data.planner import Planner, StepPlan
+from megatron_nucleus.data.samples import DROPPED, Job, Made, SampleMaker
+from megatron_nucleus.types import RawBatch
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
-LENGTH_CLASSES = ("short", "medium", "detailed")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SUBSTITUTE_ATTEMPTS = 16
 _GRACE_S = 120  # a worker told to end lives on this long, so that the program can finish its step and save
-Made = tuple[RawBatch, list[str]] | DataError
+_NO_CURRICULUM = CurriculumConfig()
 log = logging.getLogger(__name__)
 
 
@@ -52,17 +53,25 @@ class DataConfig:
     caption_medium_weight: float = knob(1.0, "share of medium captions")
     caption_detailed_weight: float = knob(1.0, "share of detailed captions")
     caption_drop_frac: float = knob(0.1, "share of samples that get the empty caption, for guidance")
+    bucket_batch_multiple: int | None = knob(
+        None,
+        "every bucket draws as many images per step as have the tokens of a global batch of square ones, rounded to "
+        "this multiple (of ranks x micro-batches per step); none: every bucket draws the global batch",
+        unit="images",
+    )
     num_workers: int = knob(2, "processes that read and decode; 0: in the training process", unit="processes")
     prefetch_batches: int = knob(4, "micro-batches each worker prepares ahead", unit="micro-batches")
 
     def __post_init__(self) -> None:
         weights = self.caption_weights()
-        if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
             raise ConfigError(
-                f"caption weights {weights}: none may be negative, and their sum must be above 0"
+                f"caption weights {weights}: all must be finite and 0 or more, and their sum above 0"
             )
         if not 0 <= self.caption_drop_frac <= 1:
             raise ConfigError(f"caption_drop_frac {self.caption_drop_frac}: between 0 and 1")
+        if self.bucket_batch_multiple is not None and self.bucket_batch_multiple < 1:
+            raise ConfigError(f"bucket_batch_multiple {self.bucket_batch_multiple}: at least 1, or none")
         if self.num_workers < 0:
             raise ConfigError(f"num_workers {self.num_workers}: 0 or more")
         if self.prefetch_batches < 1:
@@ -79,15 +88,6 @@ class DataConfig:
         }
 
 
-class Job(NamedTuple):
-    """One micro-batch to make. rows: rows of the corpus. draws: sample ordinals of the run."""
-
-    step: int
-    bucket: str
-    rows: tuple[int, ...]
-    draws: tuple[int, ...]
-
-
 class Loader:
     """Endless iterator of `RawBatch`, one per micro-batch; see `build_loader`.
 
@@ -95,8 +95,13 @@ class Loader:
         substituted: unreadable samples replaced so far. planner: what decides the draws.
     """
 
-    def __init__(self, jobs: Iterator[Job], maker: _BatchMaker, config: DataConfig, planner: Planner):
+    def __init__(self, jobs: Iterator[Job], maker: SampleMaker, config: DataConfig, planner: Planner):
         self.planner, self.substituted = planner, 0
+        self._mixture = _empty_mixture()
+        self._waiting: collections.deque[Job] = (
+            collections.deque()
+        )  # given to the workers, not handed out yet
+        jobs = _remember(jobs, self._waiting)
         workers = config.num_workers
         loader = DataLoader(
             _Jobs(jobs, maker) if workers == 0 else maker,
@@ -123,11 +128,23 @@ class Loader:
             raise
         if isinstance(made, DataError):
             raise made
-        batch, problems = made
-        for problem in problems:
+        for problem in made.problems:
             log.warning("sample replaced: %s", problem)
-        self.substituted += len(problems)
-        return batch
+        self.substituted += len(made.problems)
+        self._count(self._waiting.popleft(), made)
+        return made.batch
+
+    def take_mixture(self) -> dict:
+        """What was drawn since the last call: by all ranks as planned, and by this rank as it was read.
+
+        Returns:
+            ``samples``: images of the steps whose first micro-batch was handed out, over all ranks.
+            ``cells``: of these, how many per cell (``{"A1/B2": n}``; empty without a curriculum).
+            ``captions``: samples of this rank by caption, ``{"short", "medium", "detailed", "dropped"}``; an image
+            without any caption counts as dropped.
+        """
+        taken, self._mixture = self._mixture, _empty_mixture()
+        return {name: dict(sorted(v.items())) if name == "cells" else v for name, v in taken.items()}
 
     def close(self) -> None:
         """Stop the workers. Also happens when the loader is dropped and at exit."""
@@ -139,14 +156,33 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _count(self, job: Job, made: Made) -> None:
+        for name, count in made.captions.items():
+            self._mixture["captions"][name] = self._mixture["captions"].get(name, 0) + count
+        if job.cells is not None:
+            self._mixture["samples"] += job.step_samples
+            for name, count in job.cells.items():
+                self._mixture["cells"][name] = self._mixture["cells"].get(name, 0) + count
+
+
+def _remember(jobs: Iterator[Job], waiting: collections.deque[Job]) -> Iterator[Job]:
+    for job in jobs:
+        waiting.append(job)
+        yield job
+
+
+def _empty_mixture() -> dict:
+    return {"samples": 0, "cells": {}, "captions": dict.fromkeys((*CAPTION_CLASSES, DROPPED), 0)}
+
 
 def build_loader(
     config: DataConfig,
     corpus: Corpus,
     *,
+    curriculum: CurriculumConfig = _NO_CURRICULUM,
     seed: int,
     global_batch_size: int,
-    micro_batch_size: int,
+    accumulation: int = 1,
     rank: int = 0,
     world: int = 1,
     start_samples: int = 0,
@@ -154,142 +190,120 @@ def build_loader(
 ) -> Loader:
     """Batches from ``start_samples`` on, for one rank.
 
-    A step's global batch lies in one aspect bucket; rank r takes the r-th of ``world`` equal slices and gets
-    it as consecutive micro-batches. Captions: see `choose_caption`; a dropped one is "". An unreadable sample
-    is replaced by another of its bucket, decided by (seed, draw), and counted in ``substituted``.
+    A step's images lie in one aspect bucket; rank r takes the r-th of ``world`` equal slices and gets it as
+    ``accumulation`` consecutive micro-batches. How many images that are depends on the bucket alone
+    (`batching.batch_samples`), what they are on (seed, step) alone (`data/planner.py`). A dropped caption is "". An
+    unreadable sample is replaced by another of its cell or bucket, decided by (seed, draw), and counted in
+    ``substituted``.
 
-    After a change of the batch size a run goes on at the step ``ceil(start_samples / global_batch_size)``.
+    A run goes on at the first step before which ``start_samples`` have been drawn; after a change of the batch size
+    or of the data that is the nearest step not yet taken, and the draws go on counting from ``start_samples``.
 
     Args:
+        curriculum: mixture of tiers, episode buckets and captions over the images seen; none by default.
         start_samples: samples consumed so far. multiple_px: codec stride x patch size (images only).
 
     Raises:
-        ConfigError: batch sizes that do not divide, a rank outside the world, a resolution that does not fit.
+        ConfigError: batch sizes that do not divide, a rank outside the world, a resolution that does not fit, a
+            curriculum that the data cannot follow.
     """
-    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % (micro_batch_size * world):
-        raise ConfigError(
-            f"--global-batch-size {global_batch_size} is not a multiple of --micro-batch-size "
-            f"{micro_batch_size} x {world} data-parallel ranks"
-        )
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is outside 0..{world - 1}")
-    planner = Planner(corpus.buckets, seed, global_batch_size)
-    for bucket, count in corpus.buckets.items():
-        if count < global_batch_size:
-            log.warning(
-                "bucket %s has %d images, fewer than a global batch of %d: images repeat within a batch",
-                *(bucket, count, global_batch_size),
-            )
+    if accumulation < 1:
+        raise ConfigError(f"accumulation {accumulation}: at least 1 micro-batch per step")
+    _check_divides(config, global_batch_size, accumulation, world)
+    mixture = None
+    if curriculum.phases is not None:
+        mixture = Mixture(curriculum, _relative_cells(corpus), f"the data set {corpus.root}")
+    drawn = batch_samples(
+        corpus, config.resolution_px, multiple_px, global_batch_size, config.bucket_batch_multiple
+    )
+    planner = Planner(corpus.buckets, seed, drawn, mixture)
+    _warn_of_small_buckets(corpus, drawn)
     sizes = {}
     if corpus.encoded is None:
-        sizes = {b: buckets.size(b, config.resolution_px, multiple_px) for b in corpus.buckets}
-    maker = _BatchMaker(corpus, config, seed, sizes)
-    jobs = _jobs(planner, corpus, micro_batch_size, rank, world, start_samples)
-    return Loader(jobs, maker, config, planner)
+        found = bucket_sizes(corpus, config.resolution_px, multiple_px)
+        sizes = {b: (size.width_px, size.height_px) for b, size in found.items()}
+    phases = curriculum.phases.phases if curriculum.phases is not None else ()
+    captions = CaptionCurve(
+        CaptionMix(**config.caption_weights(), drop_frac=config.caption_drop_frac), phases
+    )
+    first_step = planner.step_at(start_samples)
+    jobs = _jobs(planner, captions, corpus.start, (rank, world, accumulation), first_step, start_samples)
+    return Loader(jobs, SampleMaker(corpus, seed, sizes), config, planner)
+
+
+def _check_divides(config: DataConfig, global_batch_size: int, accumulation: int, world: int) -> None:
+    pieces, multiple = accumulation * world, config.bucket_batch_multiple
+    flag, value = "--global-batch-size", global_batch_size
+    if value < 1:
+        raise ConfigError(f"{flag} {value}: at least 1")
+    if multiple is not None:
+        flag, value = "--bucket-batch-multiple", multiple
+    if value % pieces:
+        fitting = max(1, round(value / pieces)) * pieces
+        raise ConfigError(
+            f"{flag} {value} is not a multiple of {world} data-parallel ranks x {accumulation} micro-batches per step; "
+            f"use {fitting}, or other micro-batches"
+        )
+
+
+def _warn_of_small_buckets(corpus: Corpus, drawn: dict[str, int]) -> None:
+    for bucket, count in corpus.buckets.items():
+        if count < drawn[bucket]:
+            log.warning(
+                "bucket %s has %d images, fewer than a global batch of %d: images repeat within a batch",
+                *(bucket, count, drawn[bucket]),
+            )
+
+
+def _relative_cells(corpus: Corpus) -> dict[str, dict[Cell, range]]:
+    """Rows of every cell counted from the start of its bucket."""
+    return {
+        bucket: {
+            cell: range(rows.start - corpus.start[bucket], rows.stop - corpus.start[bucket])
+            for cell, rows in cells.items()
+        }
+        for bucket, cells in corpus.cells.items()
+    }
 
 
 def _jobs(
-    planner: Planner, corpus: Corpus, micro_batch_size: int, rank: int, world: int, start_samples: int
+    planner: Planner,
+    captions: CaptionCurve,
+    start: dict[str, int],
+    place: tuple[int, int, int],
+    first_step: int,
+    start_samples: int,
 ) -> Iterator[Job]:
-    batch = planner.global_batch_size
-    share = batch // world
-    first_step = -(-start_samples // batch)
+    """Micro-batches of one rank. start: first row of every bucket. place: (rank, world, accumulation)."""
+    rank, world, accumulation = place
+    skipped = start_samples - planner.samples_before(first_step)  # 0 unless batch sizes changed
     passes: dict[str, int] = {}
     for step in itertools.count(first_step):
         plan = planner.plan(step)
-        base = start_samples + (step - first_step) * batch
-        if plan.epoch + 1 >= 2 * passes.get(
-            plan.bucket, 1
-        ):  # pass 2, 4, 8, ...: a small set must not fill the log
-            passes[plan.bucket] = plan.epoch + 1
-            log.info("step %d: bucket %s is in pass %d over its images", step, plan.bucket, plan.epoch + 1)
-        start = corpus.start[plan.bucket]
-        for low in range(rank * share, (rank + 1) * share, micro_batch_size):
-            rows = (plan.rows[low : low + micro_batch_size] + start).tolist()
-            draws = range(base + low, base + low + micro_batch_size)
-            yield Job(step, plan.bucket, tuple(rows), tuple(draws))
+        _report_passes(plan, passes)
+        total = len(plan.rows)
+        micro = total // (world * accumulation)
+        mix = captions.at(plan.samples_before)
+        cells: dict[str, int] | None = {share.cell: share.samples for share in plan.streams if share.cell}
+        for number in range(rank * accumulation, (rank + 1) * accumulation):
+            slots = range(number * micro, (number + 1) * micro)
+            rows = (plan.rows[slots.start : slots.stop] + start[plan.bucket]).tolist()
+            first_draw = plan.samples_before + skipped + slots.start
+            draws = tuple(range(first_draw, first_draw + micro))
+            by_cell = bool(plan.streams[0].cell)
+            yield Job(step, plan.bucket, tuple(rows), draws, slots.start, total, mix, by_cell, cells)
+            cells = None
 
 
-class _BatchMaker(Dataset):
-    """Makes a micro-batch from a `Job`: ``maker[job]`` -> (RawBatch, descriptions of replaced samples).
-
-    A DataError is returned, not raised: DataLoader would wrap it in a worker's traceback.
-    """
-
-    def __init__(self, corpus: Corpus, config: DataConfig, seed: int, sizes: dict[str, tuple[int, int]]):
-        self.corpus, self.config, self.seed, self.sizes = corpus, config, seed, sizes
-        self.empty_text = corpus.empty_text() if corpus.encoded is not None else None
-
-    def __getitem__(self, job: Job) -> Made:
-        problems: list[str] = []
-        try:
-            with images.quiet_decoding():
-                items = [self._sample(job, i, problems) for i in range(len(job.rows))]
-        except DataError as error:
-            return error
-        ids, texts, tensors, features = zip(*items, strict=True)
-        stacked = torch.stack(tensors)
-        if self.corpus.encoded is not None:
-            batch = RawBatch(job.bucket, job.draws, ids, texts, latents_BCHW=stacked, text=_pad(features))
-        else:
-            batch = RawBatch(job.bucket, job.draws, ids, texts, pixels_BCHW=stacked)
-        return batch, problems
-
-    def _sample(self, job: Job, position: int, problems: list[str]) -> tuple:
-        """(id, caption, pixels or latents [C, H, W], text features [L, U] or None)."""
-        row, draw = job.rows[position], job.draws[position]
-        for attempt in range(1, _SUBSTITUTE_ATTEMPTS + 1):
-            try:
-                sample = self.corpus.read(row)
-                return self._load(sample, job.bucket, draw)
-            except (DataError, images.UnusableImage) as error:
-                problems.append(f"{self.corpus.id(row)} ({' '.join(str(error).split())})")
-            count = self.corpus.buckets[job.bucket]
-            offset = rng.key64(self.seed, draw, f"substitute:{attempt}") % count
-            row = self.corpus.start[job.bucket] + offset
-        raise DataError(
-            f"{self.corpus.root}: {_SUBSTITUTE_ATTEMPTS} samples of bucket {job.bucket} in a row are "
-            f"unreadable, the last one {problems[-1]}; copy the data set again"
-        )
-
-    def _load(self, sample: StoredSample, bucket: str, draw: int) -> tuple:
-        choice = choose_caption(sample.captions, self.config, self.seed, draw)
-        text = "" if choice is None else sample.captions[choice].text
-        if self.corpus.encoded is None:
-            pixels = images.load_pixels(sample.payload, *self.sizes[bucket])
-            return sample.id, text, torch.from_numpy(pixels.transpose(2, 0, 1).copy()), None
-        latents, features = unpack_features(sample.payload, choice)
-        return sample.id, text, latents, self.empty_text if features is None else features
-
-
-def choose_caption(captions: tuple[Caption, ...], config: DataConfig, seed: int, draw: int) -> int | None:
-    """Index of the caption for one draw, or None where it is dropped.
-
-    The weights are renormalised over the length classes that the image has. If all of those have weight 0,
-    every caption is equally likely.
-    """
-    if not captions or rng.uniform(seed, draw, "caption_drop") < config.caption_drop_frac:
-        return None
-    weights = config.caption_weights()
-    groups = {name: [i for i, c in enumerate(captions) if c.length_class == name] for name in LENGTH_CLASSES}
-    present = [(weights[name], members) for name, members in groups.items() if members and weights[name] > 0]
-    members = list(range(len(captions)))
-    if present:
-        target = rng.uniform(seed, draw, "caption_class") * sum(w for w, _ in present)
-        for weight, members in present:  # noqa: B007  (the one reached is used)
-            target -= weight
-            if target < 0:
-                break
-    return members[rng.key64(seed, draw, "caption") % len(members)]
-
-
-def _pad(features: tuple[torch.Tensor, ...]) -> TextFeatures:
-    """Stack [L_i, U] features, zeros behind the shorter ones; the mask is None when none is shorter."""
-    lengths = torch.tensor([len(f) for f in features])
-    padded = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True)
-    if bool((lengths == padded.shape[1]).all()):
-        return TextFeatures(padded, None)
-    return TextFeatures(padded, torch.arange(padded.shape[1])[None, :] < lengths[:, None])
+def _report_passes(plan: StepPlan, passes: dict[str, int]) -> None:
+    """Log pass 2, 4, 8, ... of every stream: a small set must not fill the log."""
+    for share in plan.streams:
+        if share.epoch + 1 >= 2 * passes.get(share.name, 1):
+            passes[share.name] = share.epoch + 1
+            text = "step %d: bucket %s is in pass %d over its images"
+            log.info(text, plan.step, share.name, share.epoch + 1)
 
 
 class _JobSampler:
@@ -305,10 +319,10 @@ class _JobSampler:
 class _Jobs(IterableDataset):
     """The same without workers."""
 
-    def __init__(self, jobs: Iterator[Job], maker: _BatchMaker):
+    def __init__(self, jobs: Iterator[Job], maker: SampleMaker):
         self._jobs, self._maker = jobs, maker
 
-    def __iter__(self) -> Iterator[Made]:
+    def __iter__(self) -> Iterator[Made | DataError]:
         return (self._maker[job] for job in self._jobs)
 
 
@@ -319,7 +333,7 @@ class _Batches:
     gone before multiprocessing's own exit handler waits for them; handlers registered later run earlier.
     """
 
-    def __init__(self, iterator: Iterator[Made]):
+    def __init__(self, iterator: Iterator[Made | DataError]):
         self.iterator = iterator
         atexit.register(self.stop)
 

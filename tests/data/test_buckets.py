@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from megatron_nucleus.data import buckets
 from megatron_nucleus.data.buckets import BUCKETS, assign, kept_frac, merge_small, ratio, size
 from megatron_nucleus.data.images import crop_box
 from megatron_nucleus.utils.errors import ConfigError
@@ -34,8 +35,56 @@ def test_sizes_are_multiples_near_the_area_and_the_ratio(base, multiple):
     assert size("1024x1024", base, multiple) == (base, base)
 
 
-def test_known_sizes_of_other_classes():
-    assert [size(b, 256, 16) for b in PUBLISHED[:4]] == [(256, 256), (336, 192), (192, 336), (288, 224)]
+LANDSCAPE = {
+    1024: [(1344, 768), (1184, 896), (1248, 832)],
+    512: [(672, 384), (592, 448), (624, 416)],
+    256: [(336, 192), (288, 224), (320, 208)],
+}
+
+
+@pytest.mark.parametrize("base", LANDSCAPE)
+def test_known_sizes_of_the_three_stages(base):
+    wide = LANDSCAPE[base]
+    turned = [(height, width) for width, height in wide]
+    pairs = [pair for both in zip(wide, turned, strict=True) for pair in both]
+    assert [size(b, base, 16) for b in BUCKETS] == [(base, base), *pairs]
+    for width, height in wide:  # image tokens: within 2 % of the square bucket's
+        assert abs(width * height / base**2 - 1) < 0.02
+    table = buckets.__doc__.splitlines()
+    for width, height in wide:
+        assert any(f"{width}x{height}" in line and str(width * height // 256) in line for line in table)
+
+
+@pytest.mark.parametrize("multiple", [4, 8, 16, 24, 32])
+def test_any_budget_gives_sizes_that_fit(multiple):
+    for pieces in (*range(1, 40), 100, 257):
+        for bucket in BUCKETS:
+            width, height = size(bucket, pieces * multiple, multiple)
+            assert width % multiple == height % multiple == 0
+            assert min(width, height) >= multiple
+            assert (width >= height) == (ratio(bucket) >= 1) or width == height
+            assert size("x".join(reversed(bucket.split("x"))), pieces * multiple, multiple) == (height, width)
+            if pieces >= 16:
+                assert abs(width * height / (pieces * multiple) ** 2 - 1) < 0.07
+                assert abs(width / height / ratio(bucket) - 1) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "bucket", "kept"),
+    [
+        (100_000, 1, "1344x768", 1.75e-5),
+        (1, 100_000, "768x1344", 1.75e-5),
+        (8096, 257, "1344x768", 257 / 8096 * 1.75),
+        (1, 1, "1024x1024", 1.0),
+        (65_000, 65_001, "1024x1024", 65_000 / 65_001),
+    ],
+)
+def test_extreme_sizes_have_a_bucket_and_an_honest_crop(width, height, bucket, kept):
+    assert assign(width, height) == bucket
+    assert kept_frac(width, height, bucket) == pytest.approx(kept, rel=1e-12)
+
+
+def test_known_sizes_of_small_classes():
     assert [size(b, 32, 8) for b in PUBLISHED[1::2]] == [(40, 24), (32, 24), (40, 24)]  # two may collapse
 
 

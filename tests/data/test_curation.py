@@ -242,9 +242,7 @@ def test_the_loader_gives_every_kept_image(curated, odd_files):
     corpus = open_corpus(output)
     config = DataConfig(data_path=str(output), resolution_px=64, num_workers=0, caption_drop_frac=0.0)
     seen = {}
-    with build_loader(
-        config, corpus, seed=0, global_batch_size=2, micro_batch_size=2, multiple_px=8
-    ) as loader:
+    with build_loader(config, corpus, seed=0, global_batch_size=2, multiple_px=8) as loader:
         for _ in range(60):
             batch = next(loader)
             seen.update(zip(batch.ids, zip(batch.texts, batch.pixels_BCHW, strict=True), strict=True))

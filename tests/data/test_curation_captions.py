@@ -137,3 +137,27 @@ def test_no_caption_at_all(files):
     with pytest.raises(UnusableImage) as caught:
         parse(*files)
     assert caught.value.reason == "missing_caption"
+
+
+def test_tier_and_episode_bucket_are_taken_out_of_the_metadata():
+    data = parse(("a.json", '{"caption": "a dog", "tier": "A4", "episode_bucket": "B8", "camera": "x"}'))
+    assert (data.tier, data.episode_bucket, data.metadata) == ("A4", "B8", {"camera": "x"})
+    data = parse(("a.json", '{"caption": "a dog", "tier": null}'), ("a.txt", "a cat"))
+    assert (data.tier, data.episode_bucket, data.metadata) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('"tier": "A6"', "a.json: tier 'A6', one of A1, A2, A3, A4, A5"),
+        ('"tier": 3', "a.json: tier 3, one of A1"),
+        ('"tier": ["A1"]', r"a.json: tier ['A1'], one of A1"),
+        ('"episode_bucket": "b1"', "a.json: episode_bucket 'b1', one of B1, B2, B3, B4, B5, B6, B7, B8"),
+        ('"episode_bucket": ""', "a.json: episode_bucket '', one of B1"),
+    ],
+)
+def test_an_unknown_tier_or_episode_bucket_is_named(entry, message):
+    with pytest.raises(UnusableImage) as caught:
+        parse(("a.json", '{"caption": "a dog", ' + entry + "}"))
+    assert caught.value.reason == "bad_tier"
+    assert message in caught.value.detail

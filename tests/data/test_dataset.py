@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from megatron_nucleus.data.manifest import DatasetWriter, claim_output
 from megatron_nucleus.data.shards import encode_json
 from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from tests.data.corpora import make_tiered
 
 BUCKETS = ("1344x768", "1024x1024", "832x1248")
 
@@ -145,3 +147,88 @@ def test_encoded_samples_keep_their_tensors(tmp_path):
     (tmp_path / "d/empty_text.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match=r"empty_text\.safetensors: missing or damaged"):
         corpus.empty_text()
+
+
+CELLS = {
+    "1344x768": {("A2", "B1"): 5, ("A1", "B8"): 4, (None, None): 3, ("A1", "B1"): 6, ("A5", None): 2},
+    "1024x1024": {("A3", "B3"): 30},
+}
+
+
+def test_rows_lie_cell_by_cell_in_the_order_of_the_index(tmp_path):
+    folder = make_tiered(tmp_path / "d", CELLS)
+    corpus = open_corpus(folder)
+    rows = {r["id"]: (i, r) for i, r in enumerate(pq.read_table(folder / "index").to_pylist())}
+    assert corpus.buckets == {"1024x1024": 30, "1344x768": 20}
+    order = [(None, None), ("A1", "B1"), ("A1", "B8"), ("A2", "B1"), ("A5", None)]
+    assert list(corpus.cells["1344x768"]) == order
+    for bucket, cells in corpus.cells.items():
+        assert {c: len(r) for c, r in cells.items()} == CELLS[bucket]
+        end = corpus.start[bucket]
+        for (tier, episode), members in cells.items():
+            assert members.start == end
+            end = members.stop
+            positions = [rows[corpus.id(row)][0] for row in members]
+            assert positions == sorted(positions)
+            for row in members:
+                stored = rows[corpus.id(row)][1]
+                assert corpus.bucket(row) == stored["aspect_bucket"] == bucket
+                assert corpus.tier(row) == stored["tier"] == tier
+                assert corpus.episode(row) == stored["episode_bucket"] == episode
+        assert end == corpus.start[bucket] + corpus.buckets[bucket]
+
+
+def test_data_without_tiers_is_one_cell_per_bucket(tmp_path):
+    make(tmp_path / "d")
+    corpus = open_corpus(tmp_path / "d")
+    assert {b: list(cells.items()) for b, cells in corpus.cells.items()} == {
+        b: [((None, None), range(10 * i, 10 * i + 10))] for i, b in enumerate(corpus.buckets)
+    }
+
+
+def test_an_unknown_tier_in_the_index_is_damage(tmp_path):
+    with pytest.raises(DataError, match=r"part-00000.parquet: column tier holds 'A7', which is none of A1"):
+        open_corpus(make_tiered(tmp_path / "d", {"1024x1024": {("A7", "B1"): 2}}))
+
+
+def test_the_smallest_ids_are_held_out_whatever_the_order(tmp_path):
+    folder = make_tiered(tmp_path / "d", CELLS)
+    whole, corpus = open_corpus(folder), open_corpus(folder, held_out_samples=12)
+    ids = sorted(whole.id(row) for row in range(len(whole)))
+    assert corpus.held_out == range(38, 50)
+    assert len(corpus) == sum(corpus.buckets.values()) == 38
+    held = [corpus.id(row) for row in corpus.held_out]
+    assert sorted(held) == ids[:12]
+    assert sorted(corpus.id(row) for row in range(len(corpus))) == ids[12:]
+    ranges = list(corpus.held_out_buckets.values())
+    assert [row for rows in ranges for row in rows] == list(corpus.held_out)
+    where = {whole.id(row): (whole.bucket(row), whole.tier(row), whole.episode(row)) for row in range(50)}
+    for bucket, rows in corpus.held_out_buckets.items():
+        inside = [corpus.id(row) for row in rows]
+        assert inside == sorted(inside)  # by bucket, then id
+        for row in rows:
+            assert (corpus.bucket(row), corpus.tier(row), corpus.episode(row)) == where[corpus.id(row)]
+            assert corpus.bucket(row) == bucket
+            assert corpus.read(row).id == corpus.id(row)
+    for row in range(len(corpus)):
+        assert (corpus.bucket(row), corpus.tier(row), corpus.episode(row)) == where[corpus.id(row)]
+    more = open_corpus(folder, held_out_samples=20)
+    assert set(held) < {more.id(row) for row in more.held_out}  # the choice only grows
+
+
+def test_nothing_is_held_out_unless_asked_and_too_much_is_refused(tmp_path):
+    folder = make_tiered(tmp_path / "d", CELLS)
+    assert open_corpus(folder).held_out == range(50, 50)
+    assert open_corpus(folder).held_out_buckets == {}
+    for count in (26, -1):
+        with pytest.raises(ConfigError, match=f"--valid-samples {count}: 0 to 25, half of the 50 images"):
+            open_corpus(folder, held_out_samples=count)
+    make(tmp_path / "small", count=9)  # three buckets; ids 0, 1, 2, ... go round them
+    assert open_corpus(tmp_path / "small", held_out_samples=4).buckets == dict(
+        zip(sorted(BUCKETS), (2, 1, 2), strict=True)
+    )
+    make(tmp_path / "tiny", count=4)  # of bucket 1024x1024 there is image 1 alone
+    with pytest.raises(
+        ConfigError, match="--valid-samples 2: would leave no image of aspect bucket 1024x1024"
+    ):
+        open_corpus(tmp_path / "tiny", held_out_samples=2)

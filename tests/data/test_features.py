@@ -24,6 +24,7 @@ def raw_batch(**changes):
         "draws": (5, 6, 7),
         "ids": ("a", "b", "c"),
         "texts": TEXTS,
+        "step_samples": 3,
         "pixels_BCHW": pixels,
     }
     return RawBatch(**{**fields, **changes})

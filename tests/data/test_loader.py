@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import io
 import logging
 import multiprocessing
 import os
@@ -19,24 +18,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from megatron_nucleus.data.buckets import size
-from megatron_nucleus.data.dataset import open_corpus, pack_empty_text, pack_features
+from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.data.images import load_pixels
-from megatron_nucleus.data.loader import DataConfig, build_loader, choose_caption
+from megatron_nucleus.data.loader import DataConfig, build_loader
 from megatron_nucleus.data.manifest import DatasetWriter
 from megatron_nucleus.data.shards import encode_json
-from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import ConfigError, DataError
+from tests.data.corpora import SIZES, caption, make_encoded, picture
 
-SIZES = {"1024x1024": (40, 40), "1344x768": (70, 40), "768x1344": (45, 80)}
 CONFIG = DataConfig(data_path="unused", resolution_px=32, num_workers=0)
-RUN = {"seed": 7, "global_batch_size": 12, "micro_batch_size": 4, "multiple_px": 8}
-
-
-def caption(text, length_class):
-    return {"text": text, "length_class": length_class, "source": "test"}
+RUN = {"seed": 7, "global_batch_size": 12, "accumulation": 3, "multiple_px": 8}
 
 
 def make_corpus(folder, count=60, damaged=()):
@@ -45,9 +38,7 @@ def make_corpus(folder, count=60, damaged=()):
     payloads = {}
     for i in range(count):
         bucket = list(SIZES)[i % 3]
-        buffer = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (*SIZES[bucket][::-1], 3), dtype=np.uint8)).save(buffer, "PNG")
-        payload = buffer.getvalue()
+        payload = picture(rng, SIZES[bucket])
         sample_id = hashlib.sha256(payload).hexdigest()
         payload = payload[:300] if i in damaged else payload
         captions = [caption(f"{i} short", "short"), caption(f"{i} detailed", "detailed")]
@@ -117,14 +108,12 @@ def test_resuming_anywhere_gives_the_rest(made):
 def test_ranks_take_slices_of_the_same_global_batch(made):
     corpus, _ = made
     whole = take(corpus, 30)
-    for world, micro in ((1, 12), (2, 3), (2, 6), (3, 4), (4, 1)):
+    for world, pieces in ((1, 1), (2, 2), (2, 1), (3, 1), (4, 3)):
         per_rank = [
-            take(corpus, 10 * 12 // world // micro, micro_batch_size=micro, rank=rank, world=world)
-            for rank in range(world)
+            take(corpus, 10 * pieces, accumulation=pieces, rank=rank, world=world) for rank in range(world)
         ]
         for step in range(10):
-            steps = 12 // world // micro
-            parts = [b for rank in per_rank for b in rank[step * steps : (step + 1) * steps]]
+            parts = [b for rank in per_rank for b in rank[step * pieces : (step + 1) * pieces]]
             expected = whole[3 * step : 3 * step + 3]
             assert {b.bucket for b in parts} == {expected[0].bucket}
             for field in ("draws", "ids", "texts"):
@@ -143,49 +132,21 @@ def test_every_image_comes_once_per_pass(made):
 
 def test_a_changed_batch_size_goes_on_with_fresh_draws(made):
     corpus, _ = made
-    after = take(corpus, 4, global_batch_size=8, start_samples=12 * 5)
+    after = take(corpus, 4, global_batch_size=8, accumulation=2, start_samples=12 * 5)
     assert [d for b in after for d in b.draws] == list(range(60, 76))
-    planned = take(corpus, 4, global_batch_size=8, start_samples=8 * 8)  # ceil(60 / 8) = step 8
+    planned = take(
+        corpus, 4, global_batch_size=8, accumulation=2, start_samples=8 * 8
+    )  # ceil(60 / 8) = step 8
     assert [b.ids for b in after] == [b.ids for b in planned]
 
 
 def test_a_data_set_smaller_than_the_batch_repeats_and_is_reported(tmp_path, caplog):
     corpus, _ = make_corpus(tmp_path / "d", count=4)
     with caplog.at_level(logging.INFO):
-        batches = take(corpus, 6, global_batch_size=24, micro_batch_size=12)
+        batches = take(corpus, 6, global_batch_size=24, accumulation=2)
     assert all(len(b.ids) == 12 for b in batches)
     assert "fewer than a global batch of 24" in caplog.text
     assert "over its images" in caplog.text
-
-
-def test_caption_weights_hold_over_the_classes_an_image_has():
-    captions = tuple(
-        Caption(t, c) for t, c in (("a", "short"), ("b", "medium"), ("c", "medium"), ("d", "detailed"))
-    )
-    config = DataConfig(
-        data_path="x",
-        caption_short_weight=1.0,
-        caption_medium_weight=2.0,
-        caption_detailed_weight=1.0,
-        caption_drop_frac=0.2,
-    )
-    count = 20_000
-    drawn = Counter(choose_caption(captions, config, 0, draw) for draw in range(count))
-    share = {k: v / count for k, v in drawn.items()}
-    for index, want in {None: 0.2, 0: 0.2, 1: 0.2, 2: 0.2, 3: 0.2}.items():
-        assert share[index] == pytest.approx(want, abs=0.012)
-    no_medium = captions[:1] + captions[3:]
-    drawn = Counter(choose_caption(no_medium, config, 0, draw) for draw in range(count))
-    assert drawn[0] / count == pytest.approx(0.4, abs=0.015)
-    assert drawn[1] / count == pytest.approx(0.4, abs=0.015)
-    only_weightless = dataclasses.replace(config, caption_short_weight=0.0, caption_drop_frac=0.0)
-    assert {choose_caption(captions[:1], only_weightless, 0, d) for d in range(20)} == {0}
-    assert 0 not in {choose_caption(captions, only_weightless, 0, d) for d in range(500)}
-    assert choose_caption((), config, 0, 0) is None
-    keep_all = dataclasses.replace(config, caption_drop_frac=0.0)
-    assert None not in {choose_caption(captions, keep_all, 0, d) for d in range(500)}
-    drop_all = dataclasses.replace(config, caption_drop_frac=1.0)
-    assert {choose_caption(captions, drop_all, 0, d) for d in range(500)} == {None}
 
 
 def test_texts_are_the_images_own_captions_or_empty(made):
@@ -228,11 +189,8 @@ def corpus_ids(corpus):
 
 def good_id(number):
     rng = np.random.default_rng(0)
-    for i in range(number + 1):
-        image = Image.fromarray(rng.integers(0, 256, (*list(SIZES.values())[i % 3][::-1], 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    pictures = [picture(rng, list(SIZES.values())[i % 3]) for i in range(number + 1)]
+    return hashlib.sha256(pictures[-1]).hexdigest()
 
 
 def test_a_bucket_of_damage_ends_with_the_file_named(tmp_path):
@@ -244,22 +202,7 @@ def test_a_bucket_of_damage_ends_with_the_file_named(tmp_path):
 
 
 def test_encoded_samples_give_latents_and_padded_features(tmp_path):
-    encoded = {"codec": {}, "text_encoder": {}, "resolution_px": 32}
-    writer = DatasetWriter(tmp_path / "d", tool="encode", settings={}, encoded=encoded)
-    empty = torch.full((2, 6), -1.0)
-    writer.add_file("empty_text.safetensors", pack_empty_text(empty))
-    stored = {}
-    for i in range(20):
-        latents, texts = torch.randn(4, 8, 8), [torch.randn(n, 6) for n in (1 + i % 5, 7)]
-        sample_id = f"{i:064x}"
-        captions = [caption(f"{i} short", "short"), caption(f"{i} detailed", "detailed")]
-        stored[sample_id] = (
-            latents,
-            dict(zip((c["text"] for c in captions), texts, strict=True)) | {"": empty},
-        )
-        members = {"safetensors": pack_features(latents, texts), "json": encode_json({"captions": captions})}
-        writer.add({"id": sample_id, "aspect_bucket": "1024x1024"}, members)
-    writer.finish({})
+    stored = make_encoded(tmp_path / "d")
     config = dataclasses.replace(CONFIG, caption_drop_frac=0.3, num_workers=1)
     masks = 0
     for batch in take(open_corpus(tmp_path / "d"), 15, config):
@@ -307,8 +250,7 @@ SCRIPT = """
     from megatron_nucleus.data.dataset import open_corpus
     from megatron_nucleus.data.loader import DataConfig, build_loader
     config = DataConfig(data_path="x", resolution_px=32, num_workers=2)
-    loader = build_loader(config, open_corpus(sys.argv[1]), seed=0, global_batch_size=4, micro_batch_size=4,
-                          multiple_px=8)
+    loader = build_loader(config, open_corpus(sys.argv[1]), seed=0, global_batch_size=4, multiple_px=8)
     for _ in range(4):
         next(loader)  # both workers are up
     print("ready", flush=True)
@@ -378,8 +320,14 @@ def group_alive(group: int) -> bool:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_batch_size": 10}, "--global-batch-size 10 is not a multiple of --micro-batch-size 4 x 1"),
-        ({"world": 5}, "x 5 data-parallel ranks"),
+        (
+            {"global_batch_size": 10},
+            "--global-batch-size 10 is not a multiple of 1 data-parallel ranks x 3 micro-batches per step; use 9",
+        ),
+        ({"world": 5}, "of 5 data-parallel ranks"),
+        ({"accumulation": 0}, "accumulation 0: at least 1"),
+        ({"global_batch_size": 0}, "--global-batch-size 0: at least 1"),
+        ({"start_samples": -1}, "samples seen -1"),
         ({"rank": 3, "world": 3}, "rank 3"),
         ({"multiple_px": 24}, "resolution_px 32 is not a positive multiple of 24"),
     ],
@@ -394,6 +342,8 @@ def test_sizes_that_do_not_fit(made, options, message):
     [
         {"caption_drop_frac": 1.5},
         {"caption_short_weight": -1.0},
+        {"caption_medium_weight": float("nan")},
+        {"caption_detailed_weight": float("inf")},
         {"caption_short_weight": 0.0, "caption_medium_weight": 0.0, "caption_detailed_weight": 0.0},
         {"num_workers": -1},
         {"prefetch_batches": 0},

@@ -368,7 +368,27 @@ def test_webdataset_tars_hold_the_scenes(tmp_path):
         assert (side["width"], side["height"]) == (scene.width_px, scene.height_px)
         assert (side["licence"], side["key"]) == ("CC0-1.0", key)
         assert side["metadata"] == scenes.metadata(scene)
+        assert (side["tier"], side["episode_bucket"]) == place_of(scene)
         assert [t["x_px"] for t in side["scene"]["things"]] == [t.x_px for t in scene.things]
+
+
+def place_of(scene):
+    """Tier by objects, episode bucket by skill, spelled out."""
+    tier = {1: "A1", 2: "A2", 3: "A3", 4: "A4"}.get(len(scene.things), "A5")
+    order = {"single_object": "B1", "colors": "B2", "two_object": "B3"}
+    return tier, (order | {"counting": "B4", "color_attr": "B5", "position": "B6"})[scene.tag]
+
+
+def test_every_skill_and_number_of_objects_has_its_place_in_a_curriculum():
+    found = {}
+    for index in range(600):
+        scene = scenes.make_scene(FREE, 1, index)
+        place = scenes.side_data(scene)
+        assert (place["tier"], place["episode_bucket"]) == place_of(scene)
+        found.setdefault(place["episode_bucket"], set()).add(place["tier"])
+    assert found == {
+        "B1": {"A1"}, "B2": {"A1"}, "B3": {"A2"}, "B4": {"A2", "A3", "A4", "A5"}, "B5": {"A2"}, "B6": {"A2"},
+    }  # fmt: skip
 
 
 def test_a_folder_holds_images_with_captions_beside_them(tmp_path):

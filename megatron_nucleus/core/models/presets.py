@@ -35,6 +35,8 @@ class ModelShape:
     capacity_factors: tuple[float, ...]  # one per layer; dense layers ignore theirs
     use_sigmoid: bool
     route_scale: float
+    # The router judges tokens before modulation, as published. Checkpoints from before this field are of that kind.
+    decoupled_routing: bool = True
 
     def __post_init__(self) -> None:
         self._check()
@@ -160,6 +162,9 @@ class ModelConfig:
     )
     use_sigmoid: bool | None = knob(None, "sigmoid router scores instead of softmax")
     route_scale: float | None = knob(None, "scale of the renormalised routing weights; None = the preset's")
+    decoupled_routing: bool | None = knob(
+        None, "router judges unmodulated tokens (published); false = modulated ones, for comparisons"
+    )
 
 
 def resolve_shape(config: ModelConfig) -> ModelShape:

@@ -26,9 +26,9 @@ class MoELayer(nn.Module):
         self.shared_expert = FeedForward(D, F, kernels)
         self.dispatcher = LocalDispatcher(kernels)
 
-    def forward(self, x_BSD: Tensor, plain_BSD: Tensor, temb_BD: Tensor) -> tuple[Tensor, Routing]:
-        """x_BSD: modulated tokens the experts compute on. plain_BSD: unmodulated tokens the router judges."""
-        routing = self.router(plain_BSD, temb_BD)  # which tokens each expert takes
+    def forward(self, x_BSD: Tensor, judged_BSD: Tensor, temb_BD: Tensor) -> tuple[Tensor, Routing]:
+        """x_BSD: modulated tokens the experts compute on. judged_BSD: tokens the router judges, see `Router`."""
+        routing = self.router(judged_BSD, temb_BD)  # which tokens each expert takes
         rows = self.dispatcher.dispatch(x_BSD, routing)  # send them there
         shared_BSD = self.shared_expert(x_BSD)  # meanwhile
         rows = self.experts(rows, self.dispatcher)  # batched matmuls

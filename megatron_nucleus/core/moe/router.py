@@ -27,9 +27,11 @@ def capacity(factor: float, tokens: int, experts: int) -> int:
 
 
 class Router(nn.Module):
-    """Scores every token for every expert from the *unmodulated* token and the time embedding (decoupled routing).
+    """Scores every token for every expert from a token and the time embedding.
 
-    A router that saw the modulated tokens would be driven by the noise level's scale instead of the content.
+    In the published model it judges the *unmodulated* token (decoupled routing): modulated tokens would let the
+    noise level's scale drive the choice instead of the content. Coupled routing (``model.decoupled_routing: false``),
+    which judges the modulated token with the same parameters, is there to compare with.
     """
 
     def __init__(
@@ -42,10 +44,10 @@ class Router(nn.Module):
         self.factor, self.use_sigmoid, self.route_scale = factor, use_sigmoid, route_scale
         self.kernels = kernels
 
-    def forward(self, plain_BSD: Tensor, temb_BD: Tensor) -> Routing:
-        """plain_BSD: LN(x) before modulation. Scores are computed in fp32 and rounded to the model's dtype."""
-        S = plain_BSD.shape[1]
-        features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), plain_BSD], dim=-1)
+    def forward(self, judged_BSD: Tensor, temb_BD: Tensor) -> Routing:
+        """judged_BSD: LN(x) before modulation, or after it. Scores are computed in fp32 and rounded to its dtype."""
+        S = judged_BSD.shape[1]
+        features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), judged_BSD], dim=-1)
         logits_BSE = nn.functional.linear(features, self.weight)
         rows = capacity(self.factor, S, self.weight.shape[0])
         index_BEC, weight_BEC = self.kernels.expert_choice(

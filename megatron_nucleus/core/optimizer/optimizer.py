@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from megatron_nucleus.core.optimizer import param_groups
 from megatron_nucleus.core.optimizer.adamw import AdamW, AdamWParam
 from megatron_nucleus.core.optimizer.muon import Muon, MuonParam
-from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, Rule, matrices
+from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, ROUTER, Rule, matrices
+from megatron_nucleus.core.optimizer.router_orthogonality import RouterOrthogonality
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -47,9 +48,19 @@ class OptimizerConfig:
     adam_eps: float = knob(1e-8, "added to the root of AdamW's squared-gradient average (own choice)")
     weight_decay: float = knob(0.1, "decoupled decay of matrices; norms and biases have none (own choice)")
     clip_grad: float = knob(1.0, "largest global gradient norm, 0 = no clipping (own choice)")
+    router_orthogonality: float = knob(
+        1e-7, "turns router rows apart, decoupled from the loss; 0 = off (published; formula our own choice)"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_extra_scale_factor", "adam_eps", "weight_decay", "clip_grad"):
+        for name in (
+            "lr",
+            "muon_extra_scale_factor",
+            "adam_eps",
+            "weight_decay",
+            "clip_grad",
+            "router_orthogonality",
+        ):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"optimizer.{name}: must be a number >= 0, got {getattr(self, name)}")
         for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
@@ -66,8 +77,15 @@ class Optimizer:
     Use `build_optimizer`.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW, rules: dict[str, Rule], params: dict[str, nn.Parameter]):
-        self.muon, self.adamw = muon, adamw
+    def __init__(
+        self,
+        muon: Muon,
+        adamw: AdamW,
+        orthogonality: RouterOrthogonality | None,
+        rules: dict[str, Rule],
+        params: dict[str, nn.Parameter],
+    ):
+        self.muon, self.adamw, self.orthogonality = muon, adamw, orthogonality
         self.rules = rules
         self.params = params
 
@@ -83,7 +101,12 @@ class Optimizer:
                 f"optimizer: parameter '{missing[0]}' has no gradient ({len(missing)} in all); freeze it "
                 "with requires_grad_(False) before the optimizer is built, or use it in the loss"
             )
+        if self.orthogonality is not None:
+            self.orthogonality.start()  # the rows travel while Muon works
         self.muon.start(lr)
+        if self.orthogonality is not None:
+            # Before AdamW: at the weights that the gradients are of, as AdamW's own decay, and that were sent.
+            self.orthogonality.finish(lr)
         self.adamw.step(lr)  # while Muon's results travel
         self.muon.finish(lr)
 
@@ -165,6 +188,18 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             dtype=dtype,
         ),
         AdamW(adamw, beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps),
+        _build_orthogonality(config, factors.get(ROUTER, 1.0), rules, params),
         rules,
         params,
     )
+
+
+def _build_orthogonality(
+    config: OptimizerConfig, lr_factor: float, rules: dict[str, Rule], params: dict[str, nn.Parameter]
+) -> RouterOrthogonality | None:
+    """None where nothing is to be done: no coefficient, no routers, or routers whose learning rate is 0."""
+    routers = {name: params[name] for name, rule in rules.items() if rule.group == ROUTER}
+    coefficient = config.router_orthogonality * lr_factor
+    if not (routers and coefficient and config.lr):
+        return None
+    return RouterOrthogonality(routers, coefficient, config.lr)

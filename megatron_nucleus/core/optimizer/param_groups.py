@@ -24,6 +24,7 @@ SPLITS: dict[str, Callable[[Tensor], Tensor]] = {
     "per expert, gate|up columns": lambda p: p.unflatten(2, (2, -1)).movedim(2, 1),
 }
 NO_SPLIT = "-"
+ROUTER = "router"  # the group whose rows are also turned apart (`router_orthogonality.py`)
 
 
 def matrices(split: str, shape: Sequence[int]) -> torch.Size:
@@ -68,7 +69,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("dense_ffn", f"{_DENSE}.down.weight", "muon", "whole", True, "own: dense layers' expert"),
     Rule("text_in", "blocks.N.text_in.weight", "muon", "whole", True,
          "own: a hidden matrix before text_k and text_v, no embedding table"),
-    Rule("router", "blocks.N.moe.router.weight", "adamw", NO_SPLIT, True, "published"),
+    Rule(ROUTER, "blocks.N.moe.router.weight", "adamw", NO_SPLIT, True, "published"),
     Rule("modulation", "blocks.N.modulation.weight", "adamw", NO_SPLIT, True, "published"),
     Rule("patch_embed", "image_in.weight", "adamw", NO_SPLIT, True, "published"),
     Rule("output_head", "{out_modulation,image_out}.weight", "adamw", NO_SPLIT, True, "published"),

@@ -23,6 +23,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         D = shape.width
         self.kernels = kernels
+        self.decoupled_routing = shape.decoupled_routing
         self.modulation = nn.Linear(D, 4 * D)  # rows: scale1, gate1, scale2, gate2
         self.text_in = nn.Linear(shape.text_dim, D)
         self.attention = Attention(shape, kernels)
@@ -63,10 +64,11 @@ class TransformerBlock(nn.Module):
             x_BSD, _gate(gate1), self.attention(modulated_BSD, text_kv, mask_BT, rotations[0])
         )
         modulated_BSD, plain_BSD = self.kernels.modulated_layer_norm(
-            x_BSD, scale2, EPS, with_plain=self.is_moe
+            x_BSD, scale2, EPS, with_plain=self.is_moe and self.decoupled_routing
         )
         if self.is_moe:
-            out_BSD, routing = self.moe(modulated_BSD, plain_BSD, temb_BD)
+            judged_BSD = plain_BSD if self.decoupled_routing else modulated_BSD
+            out_BSD, routing = self.moe(modulated_BSD, judged_BSD, temb_BD)
         else:
             out_BSD, routing = self.feed_forward(modulated_BSD), None
         return torch.addcmul(x_BSD, _gate(gate2), out_BSD), routing

@@ -4,7 +4,8 @@
 - ``.json``: text; a list of captions; or an object with ``caption`` (text) or ``captions`` (a list). A caption in a
   list is text or an object with ``text`` and optionally ``length_class``, ``source``, ``model``,
   ``model_revision``, ``prompt_hash`` and ``alignment``. An object may also carry ``licence`` (or ``license``),
-  ``source_url`` (or ``url``) and ``attribution`` (or ``author``); its other keys are kept as metadata.
+  ``source_url`` (or ``url``) and ``attribution`` (or ``author``), and ``tier`` and ``episode_bucket``, the image's
+  place in a curriculum; its other keys are kept as metadata.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 from typing import Any, NoReturn
 
 from megatron_nucleus.data.images import UnusableImage
+from megatron_nucleus.data.index import EPISODE_BUCKETS, TIERS
 from megatron_nucleus.types import Caption
 
 MAX_SIDECAR_BYTES = 1 << 20
@@ -31,6 +33,8 @@ class SideData:
     licence: str = "unknown"
     source_url: str | None = None
     attribution: str | None = None
+    tier: str | None = None  # one of `index.TIERS`
+    episode_bucket: str | None = None  # one of `index.EPISODE_BUCKETS`
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata_json: str | None = None  # the same, sorted; None when empty
 
@@ -54,7 +58,8 @@ def parse_sidecars(files: list[tuple[str, bytes]]) -> SideData:
     """Read ``(name, content)`` of the caption files of one image.
 
     Raises:
-        UnusableImage: bad_caption, naming the file and what is wrong; missing_caption when none has any text.
+        UnusableImage: bad_caption or bad_tier, naming the file and what is wrong; missing_caption when none has any
+            text.
     """
     data = SideData()
     for name, content in files:
@@ -94,6 +99,10 @@ def _parse_json(name: str, text: str, data: SideData) -> None:
         data.licence = _take_text(name, value, "licence", "license") or data.licence
         data.source_url = _take_text(name, value, "source_url", "url") or data.source_url
         data.attribution = _take_text(name, value, "attribution", "author") or data.attribution
+        data.tier = _take_choice(name, value, "tier", TIERS) or data.tier
+        data.episode_bucket = (
+            _take_choice(name, value, "episode_bucket", EPISODE_BUCKETS) or data.episode_bucket
+        )
         entries = [value.pop(key) for key in ("caption", "captions") if value.get(key) is not None]
         data.metadata.update({k: v for k, v in value.items() if k not in ("caption", "captions")})
     else:
@@ -148,6 +157,14 @@ def _take_text(file: str, value: dict, *names: str) -> str | None:
             _check_storable(file, text)
             return text
     return None
+
+
+def _take_choice(file: str, value: dict, name: str, allowed: tuple[str, ...]) -> str | None:
+    """Remove and return one of the allowed names; None where the key is absent or null."""
+    given = value.pop(name, None)
+    if given is not None and given not in allowed:
+        raise UnusableImage("bad_tier", f"{file}: {name} {given!r:.60}, one of {', '.join(allowed)}")
+    return given
 
 
 def _check_storable(name: str, text: str) -> None:

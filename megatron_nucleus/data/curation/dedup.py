@@ -92,8 +92,10 @@ def merge_duplicates(
     rows = _read_rows(folder, task_names, decisions, wanted)
     merged, dropped = {}, []
     for kept, rest in groups:
-        captions = [[Caption(**c) for c in rows[p]["captions"]] for p in (kept, *rest)]
+        members = [rows[p] for p in (kept, *rest)]
+        captions = [[Caption(**c) for c in row["captions"]] for row in members]
         merged[kept] = {
+            **{name: _first_given(members, name) for name in ("tier", "episode_bucket")},
             "captions": [caption_dict(c) for c in merge_captions(*captions)],
             "duplicates": [
                 {
@@ -106,6 +108,11 @@ def merge_duplicates(
         }
         dropped += [_duplicate_row(rows[p], rows[kept]["item"]) for p in rest]
     return merged, dropped
+
+
+def _first_given(rows: list[dict], name: str) -> str | None:
+    """The value of the first row that has one."""
+    return next((row[name] for row in rows if row[name] is not None), None)
 
 
 def _read_rows(

@@ -37,6 +37,8 @@ ITEM_SCHEMA = pa.schema(
         ("licence", pa.string()),
         ("attribution", pa.string()),
         ("captions", pa.list_(index.CAPTION_TYPE)),
+        ("tier", pa.string()),
+        ("episode_bucket", pa.string()),
         ("metadata", pa.string()),  # JSON object, null when empty
     ]
 )
@@ -156,6 +158,8 @@ def _row(item: readers.Item, payload: bytes, decoded: images.Decoded, side: Side
         "licence": side.licence,
         "attribution": side.attribution,
         "captions": [index.caption_dict(c) for c in side.captions],
+        "tier": side.tier,
+        "episode_bucket": side.episode_bucket,
         "metadata": side.metadata_json,
     }
 

@@ -162,6 +162,7 @@ def _sample_info(row: dict, config: CurationConfig) -> dict:
         "exif_orientation": row["exif_orientation"],
         "captions": [{k: v for k, v in c.items() if v is not None} for c in row["captions"]],
     }
+    info |= {name: row[name] for name in ("tier", "episode_bucket") if row[name] is not None}
     if row.get("duplicates"):
         info["duplicates"] = row["duplicates"]
     if row["metadata"]:
@@ -184,6 +185,8 @@ def _index_row(row: dict, location: shards.Location, task: PackTask, config: Cur
         "height_px": row["height_px"],
         "exif_orientation": row["exif_orientation"],
         "aspect_bucket": task.bucket,
+        "tier": row["tier"],
+        "episode_bucket": row["episode_bucket"],
         "partition_key": index.partition_key(row["id"]),
         "captions": row["captions"],
         "scores": [],

@@ -13,14 +13,17 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from megatron_nucleus.data import images
-from megatron_nucleus.data.curation import readers
+from megatron_nucleus.data import buckets, images
+from megatron_nucleus.data.batching import BucketSize
+from megatron_nucleus.data.bucket_report import CROP_LABELS, CropTally
+from megatron_nucleus.data.curation import pack, readers
 from megatron_nucleus.data.curation.dedup import Decisions
 from megatron_nucleus.data.curation.filters import CurationConfig
 from megatron_nucleus.utils.files import write_atomic
 
 KEPT_EXAMPLES, EXAMPLES_PER_REASON = 48, 8
 THUMBNAIL_PX = 112
+_PUBLISHED_TOKEN_PX = 16  # VAE stride 8 x patch 2
 _SIDE_EDGES_PX = (0, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 1 << 30)
 _NEVER_DECODE = frozenset({"decoder_crash", "decompression_bomb", "damaged_tar", "file_too_large"})
 
@@ -59,6 +62,18 @@ its reason and a reference to its bytes; nothing was deleted. Also: {{ counts.ig
 <table>{% for name, number, width in table %}<tr><td>{{ name }}</td><td class="n">{{ number }}</td>
 <td><span class="bar" style="width:{{ width }}px"></span></td></tr>
 {% endfor %}</table>{% endif %}{% endfor %}
+{% if fits %}<h2>How the images fit their buckets</h2>
+<table><tr><th>bucket</th>{% for name in ("images", "smaller than it", "cropped, mean", "at most") %}
+<th class="n">{{ name }}</th>{% endfor %}{% for label in crop_labels %}<th class="n">{{ label }}</th>{% endfor %}
+<th>merged from</th></tr>
+{% for row in fits %}<tr><td>{{ row.bucket }}</td><td class="n">{{ row.images }}</td><td class="n">{{ row.enlarged }}
+</td><td class="n">{{ "%.1f %%" | format(100 * row.cropped_mean_frac) }}</td>
+<td class="n">{{ "%.1f %%" | format(100 * row.cropped_max_frac) }}</td>
+{% for number in row.cropped_histogram.values() %}<td class="n">{{ number }}</td>{% endfor %}
+<td>{{ row.merged_from | join(", ") }}</td></tr>
+{% endfor %}</table>
+<p><small>At the sizes of the 1024 px class. Cropped: share of an image's area outside the centre crop; the columns
+after it count images by that share. Images are never distorted; a smaller one is enlarged.</small></p>{% endif %}
 {% if moved %}<p>Buckets with fewer than {{ config.min_bucket_images }} images joined the nearest one:
 {% for small, large in moved.items() %}{{ small }} &rarr; {{ large }}{{ ", " if not loop.last }}{% endfor %}.</p>
 {% endif %}
@@ -103,12 +118,30 @@ def write(
             ("Captions by source", _bars(counts.get("caption_sources", {}))),
             ("Notes", _bars(counts["notes"])),
         ],
+        fits=_fits(decisions, config, moved),
+        crop_labels=CROP_LABELS,
         moved=moved,
         kept=_kept_examples(source, config, inspected, task_names, decisions),
         dropped=_dropped_examples(source, config, output / "quarantine"),
         thumbnail_px=THUMBNAIL_PX,
     )
     write_atomic(output / "report.html", page)
+
+
+def _fits(decisions: Decisions, config: CurationConfig, moved: dict[str, str]) -> list[dict]:
+    """Rows of `bucket_report.CropTally` over the kept images, at the published sizes."""
+    if not decisions.keep.any():
+        return []
+    assigned, _ = pack.assign_buckets(decisions, config.min_bucket_images)
+    sizes = {}
+    for bucket in buckets.BUCKETS:
+        width, height = map(int, bucket.split("x"))
+        sizes[bucket] = BucketSize(width, height, width * height // _PUBLISHED_TOKEN_PX**2)
+    tally = CropTally(sizes)
+    for number, bucket in enumerate(buckets.BUCKETS):
+        chosen = assigned == number
+        tally.add(bucket, decisions.width_px[chosen], decisions.height_px[chosen])
+    return tally.rows(moved)
 
 
 def _funnel(counts: dict) -> list[dict]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from megatron_nucleus.data.index import EPISODE_BUCKETS, TIERS
 from megatron_nucleus.data.scenes.captions import captions, metadata
 from megatron_nucleus.data.scenes.draw import draw
 from megatron_nucleus.data.scenes.world import Scene, SceneConfig
@@ -22,6 +23,9 @@ FORMATS = ("webdataset", "folder")
 LICENCE = "CC0-1.0"
 _CHUNK = 256  # scenes drawn at once
 _PNG_LEVEL = 1  # fast; scenes are flat and compress well anyway
+
+# The order in which the skills stand for episode buckets B1 to B6: our own choice, by how late they are learned.
+_SKILL_ORDER = ("single_object", "colors", "two_object", "counting", "color_attr", "position")
 
 Add = Callable[[str, bytes, dict], None]  # (key, PNG, side data)
 
@@ -75,8 +79,21 @@ def side_data(scene: Scene) -> dict:
         "licence": LICENCE,
         "width": scene.width_px,
         "height": scene.height_px,
+        **curriculum_place(scene),
         "scene": vars(scene) | {"things": [dict(vars(thing)) for thing in scene.things]},
         "metadata": metadata(scene),
+    }
+
+
+def curriculum_place(scene: Scene) -> dict[str, str]:
+    """Stand-ins for the scores of photographs, so that a curriculum can be run on scenes.
+
+    ``tier``: A1 to A5 by the number of objects (five and more: A5). ``episode_bucket``: B1 to B6 by skill, the
+    later a skill is learned the later its bucket.
+    """
+    return {
+        "tier": TIERS[min(len(scene.things), len(TIERS)) - 1],
+        "episode_bucket": EPISODE_BUCKETS[_SKILL_ORDER.index(scene.tag)],
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import PRESETS, ModelConfig, resolve_shape
 from megatron_nucleus.types import TextFeatures
+from megatron_nucleus.utils import config as config_lib
 from megatron_nucleus.utils.errors import ConfigError
 
 DEMO = PRESETS["demo"]
@@ -97,6 +98,41 @@ def test_router_judges_unmodulated_tokens():
     after = model(latents, sigma, TextFeatures(text), grid, return_routing=True)
     assert torch.equal(before[1][0].index_BEC, after[1][0].index_BEC)
     assert not torch.allclose(before[0], after[0])
+
+
+def test_coupled_routing_is_the_same_model_but_for_what_the_router_sees():
+    """Equal weights, equal outputs where nothing is modulated, other choices where tokens are."""
+    shape = dataclasses.replace(DEMO, dense_moe_strategy="all_moe", num_layers=1, capacity_factors=(2.0,))
+    models = [
+        randomised(dataclasses.replace(shape, decoupled_routing=decoupled)) for decoupled in (True, False)
+    ]
+    latents, sigma, text, grid = batch()
+    D = DEMO.width
+
+    def outputs():
+        return [m(latents, sigma, TextFeatures(text), grid, return_routing=True) for m in models]
+
+    for model in models:
+        with torch.no_grad():
+            model.blocks[0].modulation.weight[2 * D : 3 * D] = 0.0
+            model.blocks[0].modulation.bias[2 * D : 3 * D] = 0.0
+    (decoupled, (before,)), (coupled, (also,)) = outputs()
+    assert torch.equal(decoupled, coupled)
+    assert torch.equal(before.index_BEC, also.index_BEC)
+    for model in models:
+        with torch.no_grad():
+            model.blocks[0].modulation.bias[2 * D : 3 * D] = torch.linspace(0, 9, D)
+    (_, (still,)), (_, (moved,)) = outputs()
+    assert torch.equal(still.index_BEC, before.index_BEC)
+    assert not torch.equal(moved.index_BEC, before.index_BEC)
+
+
+def test_routing_is_decoupled_unless_asked_for():
+    assert all(shape.decoupled_routing for shape in PRESETS.values())
+    assert resolve_shape(ModelConfig()).decoupled_routing
+    run = dataclasses.make_dataclass("Run", [("model", ModelConfig)], frozen=True)
+    config = config_lib.from_dict(run, {"model": {"decoupled_routing": False}}).model
+    assert resolve_shape(config) == dataclasses.replace(DEMO, decoupled_routing=False)
 
 
 def test_initial_model_is_the_identity_with_zero_output_and_still_learns():

@@ -45,7 +45,9 @@ GRIDS = {  # world: (replicate, ep)
     4: list(itertools.product((1, 2, 4), (1, 2, 4))),
 }
 CASES = [(world, *grid, dtype) for world in GRIDS for grid in GRIDS[world] for dtype in DTYPES]
-CONFIG = OptimizerConfig(weight_decay=0.1, lr_factors=("attention=0.5", "experts=2"))
+CONFIG = OptimizerConfig(
+    weight_decay=0.1, lr_factors=("attention=0.5", "experts=2"), router_orthogonality=1e-4
+)
 LOW_PRECISION = dataclasses.replace(CONFIG, muon_dtype="bf16")
 STEPS, LR, MAX_NORM = 3, 0.01, 5.0
 

@@ -70,7 +70,9 @@ def test_resume_is_exact(kind):
 
 
 def test_adamw_equals_torch_with_decay_on_matrices_only():
-    config = OptimizerConfig(optimizer="adamw", weight_decay=0.3, lr_factors=("modulation=0.5",))
+    config = OptimizerConfig(
+        optimizer="adamw", weight_decay=0.3, lr_factors=("modulation=0.5",), router_orthogonality=0.0
+    )
     ours, theirs = new_model(), new_model()
     optimizer = build_optimizer(ours, config)
     groups = {}
@@ -164,6 +166,8 @@ def test_low_precision_parameters_are_refused():
         ("muon_num_ns_steps", 2),
         ("weight_decay", float("inf")),
         ("clip_grad", -1.0),
+        ("router_orthogonality", -1e-7),
+        ("router_orthogonality", float("nan")),
         ("optimizer", "sgd"),
         ("lr_factors", ["rooter=1"]),
     ],

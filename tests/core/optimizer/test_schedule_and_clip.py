@@ -1,5 +1,6 @@
 """Warm-up on the sample clock, and the global gradient norm."""
 
+import inspect
 import itertools
 import math
 
@@ -29,6 +30,16 @@ def test_no_warm_up_and_the_clock_is_samples_not_steps():
     assert small(1600 - 32) == large(1600 - 64) == 0.5
     with pytest.raises(ConfigError, match="lr_warmup_steps"):
         ScheduleConfig(lr_warmup_steps=-1)
+
+
+def test_the_rate_knows_no_horizon():
+    """Whether and where a run ends, or is extended, changes no rate: it is a function of the samples before a step."""
+    schedule = build_schedule(ScheduleConfig(lr_warmup_steps=3), lr=0.5, global_batch_size=8)
+    rates = [schedule(8 * step) for step in range(10_000)]
+    assert rates[:3] == pytest.approx([0.5 / 3, 1 / 3, 0.5])
+    assert set(rates[2:]) == {0.5}
+    assert [schedule(8 * step) for step in range(6)] == rates[:6]  # of a shorter run
+    assert set(inspect.signature(build_schedule).parameters) == {"config", "lr", "global_batch_size"}
 
 
 def make_params(scale: float) -> list[nn.Parameter]:
