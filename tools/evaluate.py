@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_nucleus.evaluation.error_bars import shown
 from megatron_nucleus.evaluation.scenes import SKILL_OF_TAG
 from megatron_nucleus.evaluation.scenes_run import SceneEvaluation, evaluate_scenes
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
@@ -26,11 +27,15 @@ def _add_scenes(benchmarks) -> None:
     parser = benchmarks.add_parser(
         "scenes",
         help="the embedded benchmark",
-        description="Score the six skills of the embedded benchmark from one source of pictures.",
+        description="Score the six skills of the embedded benchmark from one source of pictures.\n\n"
+        "Every score comes with its standard error (±): it holds the noise of the pictures and the choice of prompts,\n"
+        "not the difference between two trainings.",
     )
     source = parser.add_argument_group("source", "exactly one of --images, --checkpoint and --truth")
     source.add_argument(
-        "--images", metavar="DIR", help="<index>/metadata.jsonl and <index>/samples/0000.png ..."
+        "--images",
+        metavar="DIR",
+        help="<index>/metadata.jsonl and <index>/samples/0000.png ..., or the --output of an earlier call",
     )
     source.add_argument("--checkpoint", metavar="PATH", help="generate with a native or diffusers checkpoint")
     source.add_argument("--truth", action="store_true", help="draw true scenes: the ceiling of the score")
@@ -38,7 +43,9 @@ def _add_scenes(benchmarks) -> None:
         "--untrained", action="store_true", help="with --checkpoint: same architecture, fresh weights"
     )
     parser.add_argument(
-        "--output", metavar="DIR", help="keep pictures and results here; the same command continues it"
+        "--output",
+        metavar="DIR",
+        help="keep results and the pictures of each seed here; the same command, or one with more seeds, continues it",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML with sections prompts, generation, truth")
     add_json_flag(parser)
@@ -55,18 +62,25 @@ def _scenes(args) -> None:
         untrained=args.untrained,
         output=args.output,
     )
-    for skill in ("mean", *SKILL_OF_TAG.values()):
-        print(f"{skill:<18} {_percent(result[skill])}")
-    for skill, value in result["held_out_pairs"].items():
-        if skill != "samples":
-            print(f"held-out pairs: {skill:<18} {_percent(value)}")
-    print(f"samples            {result['samples']}")
+    _print(result)
     if args.json:
         print_json(result)
 
 
-def _percent(value: float | None) -> str:
-    return "no samples" if value is None else f"{value:.3f}"
+def _print(result: dict) -> None:
+    """Every score with its standard error and the number of pictures behind it."""
+    skills, errors, counts = SKILL_OF_TAG.values(), result["standard_error"], result["samples_per_skill"]
+    print(f"{'mean':<18} {shown(result['mean'], errors['mean'])} (n = {result['samples']})")
+    for skill in skills:
+        print(f"{skill:<18} {shown(result[skill], errors[skill])} (n = {counts[skill]})")
+    held_out = result["held_out_pairs"]
+    for skill in skills:
+        if skill in held_out:
+            print(f"held-out pairs: {skill:<18} {shown(held_out[skill], held_out['standard_error'][skill])}")
+    print(f"samples            {result['samples']}")
+    if result["std_over_seeds"] is not None:
+        means = " ".join(f"{row['seed']}: {shown(row['mean'], None)}" for row in result["per_seed"])
+        print(f"mean by seed       {means}; standard deviation {result['std_over_seeds']['mean']:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """Draw pictures from a checkpoint: native (a run, one step, a merged folder) or diffusers.
 
 Settings that are not given are those stored in the checkpoint. Pictures of one prompt follow each other; picture
-number i, which is file 0000i.png, uses seed + i. Writes DIR/00000.png, ..., DIR/samples.jsonl and DIR/grid.png.
+number i, which is file 0000i.png, uses seed + i. Writes DIR/00000.png, ..., DIR/samples.jsonl and DIR/grid.png,
+with --routing-stats DIR/routing.json, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_nucleus.evaluation.allocation import StepMeter, moe_layers
 from megatron_nucleus.inference.outputs import check_folder, read_prompts, write_samples
-from megatron_nucleus.inference.pipeline import load_pipeline
+from megatron_nucleus.inference.pipeline import Pipeline, load_pipeline
+from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.devices import DTYPES
+from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.files import write_json_atomic
 
 
 def build_parser() -> Parser:
@@ -30,6 +36,10 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the pictures of an earlier job in DIR"
     )
+    parser.add_argument(
+        "--routing-stats", action="store_true",
+        help="also write DIR/routing.json: what the experts did in each step, over all pictures",
+    )  # fmt: skip
     stored = "[default: the checkpoint's]"
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--height", type=int, metavar="N", help=f"height of a picture [px] {stored}")
@@ -76,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = pipeline.settings(
         height=args.height, width=args.width, steps=args.steps, guidance=args.guidance, shift=args.shift
     )
+    meter = _step_meter(pipeline, config, args.checkpoint) if args.routing_stats else None
     result = write_samples(
         pipeline,
         prompts,
@@ -86,13 +97,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         negative_prompt=args.negative_prompt,
         batch_size=args.batch_size,
         overwrite=args.overwrite,
+        on_routing=meter,
     )
+    if meter is not None:
+        write_json_atomic(Path(args.output) / "routing.json", meter.document())
     print(
         f"{result['images']} pictures of {config.width} x {config.height} px in {result['seconds']:.1f} s: "
         f"{result['output']}, overview {result['grid']}"
     )
     if args.json:
         print_json({**result, "checkpoint": args.checkpoint})
+
+
+def _step_meter(pipeline: Pipeline, config: SamplerConfig, checkpoint: str) -> StepMeter:
+    shape, unit = pipeline.model.shape, pipeline.size_unit_px
+    if not moe_layers(shape):
+        raise ConfigError(f"--routing-stats: checkpoint {checkpoint} has no MoE layers; leave the flag out")
+    device = next(pipeline.model.parameters()).device
+    return StepMeter(shape, (config.height // unit, config.width // unit), device)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image, UnidentifiedImageError
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.evaluation import report_figures as figures
-from megatron_nucleus.evaluation.allocation import allocation_example, expert_allocation
+from megatron_nucleus.evaluation.allocation import allocation_example, expert_allocation, moe_layers
+from megatron_nucleus.evaluation.error_bars import shown
 from megatron_nucleus.evaluation.report_page import TEMPLATE
 from megatron_nucleus.export.hf_keys import count_parameters
 from megatron_nucleus.export.load import read_description
@@ -82,6 +84,7 @@ def build_report(
     run = Path(run_dir) if run_dir is not None else None
     if run is not None and not run.is_dir():
         raise ConfigError(f"run folder {run}: no such folder")
+    _check_scores(scores or {})
     rows = _metrics(run / "metrics.jsonl") if run is not None else []
     listed = _listed(Path(samples_dir)) if samples_dir is not None else []
     prompt = allocation_prompt
@@ -97,7 +100,7 @@ def build_report(
         pictures=_pictures(listed, Path(samples_dir)) if listed else None,
         pictures_note=f" (the first {MAX_PICTURES} of {len(listed)})" if len(listed) > MAX_PICTURES else "",
         scores=_scores(scores) if scores else None,
-        scores_note=scores_note,
+        scores_note=_scores_note(scores_note, scores or {}),
         previews=_previews(run / "samples", rows) if run is not None else None,
         loss=_loss(rows) if rows else None,
         allocation=_allocation(checkpoint, prompt, device, shape) if shape is not None else None,
@@ -168,7 +171,9 @@ def _tiles(
     if scores:
         name, result = next(iter(scores.items()))
         if result.get("mean") is not None:
-            tiles.append((f"mean score, {name}", f"{result['mean']:.2f}"))
+            error = (result.get("standard_error") or {}).get("mean")
+            bar = f" ± {error:.2f}" if error is not None else ""
+            tiles.append((f"mean score, {name}", f"{result['mean']:.2f}{bar}"))
     if rows:
         tiles.append(("images seen in training", f"{rows[-1]['samples_seen']:,}"))
     if shape is not None:
@@ -204,22 +209,30 @@ def _previews(folder: Path, rows: list[dict]) -> list[dict]:
     return out
 
 
-def _scores(scores: Mapping[str, Mapping]) -> dict:
+def _check_scores(scores: Mapping[str, Mapping]) -> None:
     for name, result in scores.items():
         for key in SKILLS:
-            value = result.get(key)
+            value, error = result.get(key), (result.get("standard_error") or {}).get(key)
             if not (value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)):
                 raise DataError(
                     f"scores of '{name}': {key} is {value!r}, expected a number from 0 to 1; score again"
                 )
+            if not (error is None or (isinstance(error, (int, float)) and 0 <= error < math.inf)):
+                raise DataError(
+                    f"scores of '{name}': the standard error of {key} is {error!r}, expected a number of at least 0; "
+                    "score again"
+                )
+
+
+def _scores(scores: Mapping[str, Mapping]) -> dict:
     rows = [
-        {"label": label, "mean": key == "mean", "cells": [_score(r.get(key)) for r in scores.values()]}
+        {"label": label, "mean": key == "mean", "cells": [_score(r, key) for r in scores.values()]}
         for key, label in SKILLS.items()
     ]
     held_out = [result.get("held_out_pairs") or {} for result in scores.values()]
     for key, label in SKILLS.items():
         if any(key in split for split in held_out):
-            cells = [_score(split.get(key)) for split in held_out]
+            cells = [_score(split, key) for split in held_out]
             rows.append({"label": f"{label}, pairs never shown in training", "mean": False, "cells": cells})
     return {
         "names": list(scores),
@@ -231,8 +244,15 @@ def _scores(scores: Mapping[str, Mapping]) -> dict:
     }
 
 
-def _score(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _score(result: Mapping, key: str) -> str:
+    return shown(result.get(key), (result.get("standard_error") or {}).get(key))
+
+
+def _scores_note(note: str, scores: Mapping[str, Mapping]) -> str:
+    """The caller's sentence, and what ± means where it is shown."""
+    if not any(result.get("standard_error") for result in scores.values()):
+        return note
+    return f"{note} ± is one standard error, from the number of pictures; another training run may differ by more."
 
 
 def _loss(rows: list[dict]) -> dict:
@@ -251,7 +271,7 @@ def _loss(rows: list[dict]) -> dict:
 
 def _allocation(checkpoint: str | Path, prompt: str, device: str, shape: ModelShape) -> dict | None:
     """The map of one picture; None for a model without experts."""
-    if not any(shape.is_moe(layer) for layer in range(shape.num_layers)):
+    if not moe_layers(shape):
         return None
     example = allocation_example(load_pipeline(checkpoint, device=device), prompt)
     mean, untaken = figures.mean_taken(example.allocation)
@@ -259,8 +279,8 @@ def _allocation(checkpoint: str | Path, prompt: str, device: str, shape: ModelSh
     middle = len(sigmas) // 2
     hidden = shape.num_experts - figures.MAX_EXPERTS
     return {
-        "figure": _uri(figures.allocation_figure(example)),
-        "which": _uri(figures.experts_figure(example, middle)),
+        "figure": _uri(figures.allocation_figure(*example.figure())),
+        "which": _uri(figures.experts_figure(example.allocation, [example.picture], [""], [middle])),
         "prompt": prompt or "(no prompt)",
         "experts": shape.num_experts,
         "mean": f"{mean:.2f}",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from megatron_nucleus.evaluation.allocation import Allocation, Example
+from megatron_nucleus.evaluation.allocation import Allocation
 
 DPI = 130
 SERIES = ("#2563a8", "#e08a2e", "#9aa4b0", "#3f9a6b", "#8a63b8", "#b84a5a")
@@ -70,7 +70,7 @@ def scores_figure(scores: Mapping[str, Mapping], skills: Mapping[str, str]) -> b
     """Grouped bars: one group per skill, one colour per source of pictures. Skills without pictures have no bar.
 
     Args:
-        scores: source -> {skill: accuracy in [0, 1] or None}.
+        scores: source -> {skill: accuracy in [0, 1] or None, "standard_error": {skill: error}}.
         skills: key -> label, in order.
     """
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
@@ -81,9 +81,19 @@ def scores_figure(scores: Mapping[str, Mapping], skills: Mapping[str, str]) -> b
             value = values.get(key)
             if value is None:
                 continue
+            error = (values.get("standard_error") or {}).get(key)
             x = j + (i - (len(scores) - 1) / 2) * width
-            axes.bar(x, value, width * 0.92, color=SERIES[i % len(SERIES)])
-            axes.text(x, value + 0.012, f"{value:.2f}", ha="center", va="bottom", fontsize=6.5, color=_INK)
+            bars = {"elinewidth": 0.8, "ecolor": _INK}
+            axes.bar(x, value, width * 0.92, color=SERIES[i % len(SERIES)], yerr=error, error_kw=bars)
+            axes.text(
+                x,
+                value + (error or 0) + 0.012,
+                f"{value:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=6.5,
+                color=_INK,
+            )
     _dress(axes, "", "share of correct pictures")
     axes.set_xticks(range(len(skills)), skills.values())
     axes.set_xlim(-0.6, len(skills) - 0.4)
@@ -94,56 +104,79 @@ def scores_figure(scores: Mapping[str, Mapping], skills: Mapping[str, str]) -> b
     return png(figure)
 
 
-def allocation_figure(example: Example) -> bytes:
-    """How many experts took each token: rows are MoE layers, columns noise levels, on top what the model was shown."""
-    allocation = example.allocation
-    counts = allocation.counts().numpy()
-    shown = evenly(len(allocation.layers), MAX_LAYERS)
-    columns = len(allocation.sigmas)
-    size = (1.5 * columns + 1.9, 1.5 * (len(shown) + 1) * _aspect(example.picture) + 0.5)
+def allocation_figure(
+    allocation: Allocation,
+    picture: Image.Image,
+    shown: Sequence[Image.Image],
+    titles: Sequence[str],
+    columns: Sequence[int] | None = None,
+    most_layers: int = MAX_LAYERS,
+) -> bytes:
+    """How many experts took each token: rows are MoE layers (evenly chosen where there are many), columns noise levels.
+
+    Args:
+        picture: the finished one. shown, titles: what stands over each column.
+        columns: which noise levels of the allocation; None = all.
+    """
+    columns = range(len(allocation.sigmas)) if columns is None else columns
+    layers = evenly(len(allocation.layers), most_layers)
+    counts = allocation.taken[layers][:, list(columns)].sum(2).numpy()
+    size = (1.5 * len(shown) + 1.9, 1.42 * (len(layers) + 1) * _aspect(picture) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(shown) + 1, columns + 1, squeeze=False)
+    grid = figure.subplots(len(layers) + 1, len(shown) + 1, squeeze=False)
     for axes in grid.flat:
         _bare(axes)
-    grid[0, 0].imshow(example.picture)
-    grid[0, 0].set_title("finished picture", fontsize=8, color=_INK)
-    for j, (sigma, noisy) in enumerate(zip(allocation.sigmas, example.noisy, strict=True)):
-        grid[0, j + 1].imshow(noisy)
-        grid[0, j + 1].set_title(f"noise level {sigma:g}", fontsize=8, color=_INK)
-    most = max(1, int(counts[shown].max()))
+    for axes, image, title in zip(grid[0], (picture, *shown), ("finished picture", *titles), strict=True):
+        axes.imshow(image)
+        axes.set_title(title, fontsize=8, color=_INK)
+    most = max(1, int(counts.max()))
     norm = BoundaryNorm(np.arange(most + 2) - 0.5, most + 1)
     mesh = None
-    for i, layer in enumerate(shown):
+    for i, layer in enumerate(layers):
         grid[i + 1, 0].axis("off")
         grid[i + 1, 0].text(
             0.95, 0.5, f"layer {allocation.layers[layer]}", ha="right", va="center", fontsize=9, color=_INK
         )
-        for j in range(columns):
-            mesh = _heat(grid[i + 1, j + 1], counts[layer, j], most, norm)
-    bar = figure.colorbar(mesh, ax=grid[1:, :], location="right", shrink=0.8, ticks=_few(most))
+        for j in range(len(shown)):
+            mesh = _heat(grid[i + 1, j + 1], counts[i, j], most, norm)
+    bar = figure.colorbar(mesh, ax=grid[1:, :], location="right", shrink=0.8, aspect=28, ticks=_few(most))
     bar.set_label("experts that took the token", fontsize=8, color=_INK)
     bar.ax.tick_params(labelsize=8, colors=_INK)
     return png(figure)
 
 
-def experts_figure(example: Example, sigma_index: int) -> bytes:
-    """Which tokens each expert took at one noise level: what it did not take is darkened."""
-    allocation = example.allocation
-    taken = allocation.taken.numpy()[:, sigma_index]
-    layers, experts = evenly(len(allocation.layers), MAX_LAYERS), range(min(taken.shape[1], MAX_EXPERTS))
-    per_cell = 8.4 / max(8, len(experts))
-    size = (per_cell * len(experts) + 0.6, per_cell * len(layers) * _aspect(example.picture) + 0.5)
+def experts_figure(
+    allocation: Allocation,
+    shown: Sequence[Image.Image],
+    titles: Sequence[str],
+    columns: Sequence[int],
+    layers: Sequence[int] | None = None,
+) -> bytes:
+    """Which tokens each of the first 16 experts took: what it did not take is darkened. One row per layer and column.
+
+    Args:
+        shown, titles: picture under each of ``columns``, and what to call it in the name of a row.
+        columns: which noise levels of the allocation.
+        layers: positions in ``allocation.layers``; None = evenly chosen.
+    """
+    layers = evenly(len(allocation.layers), MAX_LAYERS) if layers is None else layers
+    experts = range(min(allocation.taken.shape[2], MAX_EXPERTS))
+    rows = [(layer, j) for layer in layers for j in range(len(columns))]
+    cell = 8.4 / max(8, len(experts))
+    size = (cell * len(experts) + 1.4, 0.98 * cell * len(rows) * _aspect(shown[0]) + 0.4)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(layers), len(experts), squeeze=False)
-    pixels = np.asarray(example.picture, np.float32) / 255
-    for i, layer in enumerate(layers):
+    grid = figure.subplots(len(rows), len(experts), squeeze=False)
+    for i, (layer, j) in enumerate(rows):
+        pixels = np.asarray(shown[j], np.float32) / 255
         for expert in experts:
             axes = grid[i, expert]
             _bare(axes)
-            axes.imshow(_spotlight(pixels, taken[layer, expert]))
+            axes.imshow(_spotlight(pixels, allocation.taken[layer, columns[j], expert].numpy()))
             if i == 0:
-                axes.set_title(f"expert {expert}", fontsize=8, color=_INK)
-        grid[i, 0].set_ylabel(f"layer {allocation.layers[layer]}", fontsize=8, color=_INK)
+                title = f"expert {expert}" if len(experts) <= 8 or expert == 0 else str(expert)
+                axes.set_title(title, fontsize=8, color=_INK)
+        name = "\n".join(filter(None, (f"layer {allocation.layers[layer]}", titles[j])))
+        grid[i, 0].set_ylabel(name, fontsize=8, color=_INK, rotation=0, ha="right", va="center")
     return png(figure)
 
 
@@ -183,7 +216,7 @@ def png(figure: Figure) -> bytes:
 
 def _heat(axes, counts: np.ndarray, most: int, norm: BoundaryNorm):
     """One map of counts; white is no expert, darker is more."""
-    shades = ListedColormap([(1, 1, 1), *_blues(most)])
+    shades = ListedColormap([(1, 1, 1), *blues(most)])
     mesh = axes.imshow(counts, cmap=shades, norm=norm)
     rows, columns = counts.shape
     if max(rows, columns) <= _LABEL_CELLS:
@@ -194,7 +227,8 @@ def _heat(axes, counts: np.ndarray, most: int, norm: BoundaryNorm):
     return mesh
 
 
-def _blues(count: int) -> list[tuple[float, ...]]:
+def blues(count: int) -> list[tuple[float, ...]]:
+    """RGB in [0, 1] of the counts 1 to ``count``; 0 is white."""
     light, dark = np.array([0.85, 0.91, 0.97]), np.array([0.06, 0.20, 0.42])
     return [tuple(light + (dark - light) * i / max(1, count - 1)) for i in range(count)]
 
@@ -211,7 +245,7 @@ def _aspect(picture: Image.Image) -> float:
 
 
 def _few(most: int) -> list[int]:
-    return evenly(most + 1, 9)
+    return list(range(0, most + 1, -(-(most + 1) // 10)))
 
 
 def _bare(axes) -> None:

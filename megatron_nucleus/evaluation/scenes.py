@@ -8,10 +8,11 @@ Source of the rules: djghosh13/geneval, evaluation/evaluate_images.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from megatron_nucleus.data.scenes import COLORS, HELD_OUT_SPLIT, RELATIONS, SHAPES, TAGS
 from megatron_nucleus.evaluation.detector import MIN_SIDE_PX, Detection, detect
+from megatron_nucleus.evaluation.error_bars import mean_of, share, spread
 from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
 
 POSITION_THRESHOLD = 0.1  # share of both boxes' sides that an offset must exceed (GenEval)
@@ -228,34 +230,72 @@ def score_samples(folder: str | Path, progress: bool = False) -> list[SampleScor
     ]
 
 
+def by_prompt(scores: Iterable[SampleScore]) -> list[tuple[dict, list[bool]]]:
+    """Metadata of each prompt and the verdicts on its pictures, in the order of `score_samples`."""
+    groups = itertools.groupby(scores, key=lambda score: Path(score.filename).parent)
+    prompts = [list(group) for _, group in groups]
+    return [(scores[0].metadata, [s.result.correct for s in scores]) for scores in prompts]
+
+
 def score_folder(folder: str | Path) -> dict:
     """`summarise` of a GenEval folder."""
-    return summarise((s.metadata, s.result.correct) for s in score_samples(folder))
+    return summarise(by_prompt(score_samples(folder)))
 
 
-def summarise(scored: Iterable[tuple[dict, bool]]) -> dict:
-    """Accuracy per skill and their mean, from (metadata, correct) of every picture.
+def summarise(prompts: Iterable[tuple[dict, Sequence[bool]]]) -> dict:
+    """Accuracy per skill and their mean, from the metadata of every prompt and the verdicts on its pictures.
 
     Returns:
         ``mean`` over the skills that have pictures, the six skills (None without pictures), ``samples``
-        (pictures that count for the mean), ``samples_per_skill``, and ``held_out_pairs``: accuracies and
-        ``samples`` of the out-of-distribution split, which is no part of the mean.
+        (pictures that count for the mean), ``samples_per_skill``, ``standard_error`` of the mean and of every skill
+        (`error_bars`), and ``held_out_pairs``: accuracies, ``samples`` and ``standard_error`` of the
+        out-of-distribution split, which is no part of the mean.
     """
-    votes: dict[str, list[bool]] = {skill: [] for skill in SKILL_OF_TAG.values()}
-    held_out: dict[str, list[bool]] = {}
-    for metadata, correct in scored:
+    verdicts: dict[str, list[Sequence[bool]]] = {skill: [] for skill in SKILL_OF_TAG.values()}
+    held_out: dict[str, list[Sequence[bool]]] = {}
+    for metadata, correct in prompts:
         skill = SKILL_OF_TAG[metadata["tag"]]
         if metadata.get("split") == HELD_OUT_SPLIT:
             held_out.setdefault(skill, []).append(correct)
         else:
-            votes[skill].append(correct)
-    accuracy = {skill: sum(v) / len(v) if v else None for skill, v in votes.items()}
-    present = [value for value in accuracy.values() if value is not None]
+            verdicts[skill].append(correct)
+    shares = {skill: share(v) for skill, v in verdicts.items()}
+    mean, error = mean_of(shares.values())
+    per_skill = {skill: s.pictures if s else 0 for skill, s in shares.items()}
+    held_out_shares = {skill: s for skill, v in held_out.items() if (s := share(v))}
     return {
-        "mean": sum(present) / len(present) if present else None,
-        **accuracy,
-        "samples": sum(map(len, votes.values())),
-        "samples_per_skill": {skill: len(v) for skill, v in votes.items()},
-        HELD_OUT_SPLIT: {skill: sum(v) / len(v) for skill, v in held_out.items()}
-        | {"samples": sum(map(len, held_out.values()))},
+        "mean": mean,
+        **{skill: s.value if s else None for skill, s in shares.items()},
+        "samples": sum(per_skill.values()),
+        "samples_per_skill": per_skill,
+        "standard_error": {"mean": error, **{skill: s.error if s else None for skill, s in shares.items()}},
+        HELD_OUT_SPLIT: {
+            **{skill: s.value for skill, s in held_out_shares.items()},
+            "samples": sum(s.pictures for s in held_out_shares.values()),
+            "standard_error": {skill: s.error for skill, s in held_out_shares.items()},
+        },
+    }
+
+
+def summarise_seeds(seeds: Mapping[int, Sequence[tuple[dict, Sequence[bool]]]]) -> dict:
+    """`summarise` of the prompts of all seeds together, and how the seeds differ.
+
+    Args:
+        seeds: what `summarise` takes, for each seed.
+
+    Returns:
+        as `summarise`, with ``seeds``, ``std_over_seeds`` of the mean and of every skill (None for one seed; a check
+        of the standard error, not its source) and ``per_seed``: {"seed", "mean", the six skills, "samples"}.
+    """
+    results = {seed: summarise(prompts) for seed, prompts in seeds.items()}
+    names = ("mean", *SKILL_OF_TAG.values())
+    spreads = {name: spread(result[name] for result in results.values()) for name in names}
+    return {
+        **summarise(itertools.chain.from_iterable(seeds.values())),
+        "seeds": list(seeds),
+        "std_over_seeds": spreads if len(seeds) > 1 else None,
+        "per_seed": [
+            {"seed": seed, **{name: result[name] for name in (*names, "samples")}}
+            for seed, result in results.items()
+        ],
     }

@@ -62,7 +62,8 @@ def convert(
         "output"}; bytes counts tensor data, peak memory is the process's.
 
     Raises:
-        ConfigError: bad target, output not empty or not writable, source not found.
+        ConfigError: bad target, output not empty or not writable, source not found, an architecture that diffusers
+            does not have.
         DataError: damaged source, a value that ``dtype`` cannot hold, full disk.
     """
     started = time.perf_counter()
@@ -73,6 +74,8 @@ def convert(
         raise ConfigError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     check_free(output)
     description, weights = open_checkpoint(source, checksums)
+    if to == "hf":
+        hf_keys.check_expressible(description.shape)  # before gigabytes are written
     target = DTYPES[dtype] if dtype else None
     entries = {
         (key.diffusers if to == "hf" else name): TensorInfo(key.shape, target or weights.info(name).dtype)

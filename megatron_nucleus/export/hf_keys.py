@@ -122,12 +122,29 @@ def count_parameters(shape: ModelShape) -> int:
     return sum(math.prod(key.shape) for key in keys(shape))
 
 
+def check_expressible(shape: ModelShape) -> None:
+    """Refuse an architecture that diffusers' class does not have.
+
+    Raises:
+        ConfigError: coupled routing.
+    """
+    if not shape.decoupled_routing:
+        raise ConfigError(
+            f"model.decoupled_routing: false cannot be expressed in diffusers, whose {CLASS_NAME} always routes by "
+            "unmodulated tokens; keep the native checkpoint, or train with model.decoupled_routing: true"
+        )
+
+
 def to_diffusers_config(shape: ModelShape) -> dict[str, Any]:
     """diffusers' ``config.json`` of this architecture.
 
     ``use_grouped_mm`` is true as in the released config, unless its kernel cannot take the widths (rows must be
     multiples of 16 bytes: 8 bf16 values).
+
+    Raises:
+        ConfigError: see `check_expressible`.
     """
+    check_expressible(shape)
     return {
         "_class_name": CLASS_NAME,
         "_diffusers_version": "0.38.0",  # the first release with this class
@@ -234,7 +251,8 @@ def to_native_state(diffusers_state: Mapping[str, Tensor], shape: ModelShape) ->
 
 
 def to_diffusers_state(native_state: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """Inverse of `to_native_state`."""
+    """Inverse of `to_native_state`; ConfigError as of `check_expressible`."""
+    check_expressible(shape)
     return {k.diffusers: _swap(native_state[k.native], k.swap_halves) for k in keys(shape)}
 
 

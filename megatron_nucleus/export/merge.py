@@ -1,14 +1,13 @@
-"""Average the weights of the last checkpoints instead of decaying the learning rate (Warmup-Stable-Merge).
+"""Average the weights of a window of checkpoints instead of decaying the learning rate (Warmup-Stable-Merge).
 
 Source: arXiv 2507.17634; Nucleus-Image releases the average of its last 16 checkpoints with inverse-square-root
-weights (its release blog). How that formula counts is not published; ours is in `merge_weights`.
+weights (its release blog). The weights, and the decay that each choice imitates: `merge_weights.py`.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,57 +22,26 @@ from megatron_nucleus.export.convert import (
     native_state,
     write_native_files,
 )
+from megatron_nucleus.export.merge_weights import DEFAULT_EMA_DECAY, decay_of, merge_weights
 from megatron_nucleus.export.safetensors_stream import SafetensorsStream
 from megatron_nucleus.export.source import CheckpointDescription, Weights, open_checkpoint
 from megatron_nucleus.export.tensor_store import row_ranges
-from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
+from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.memory import peak_memory_bytes
 from megatron_nucleus.utils.staging import check_free, staged_folder
 
-SCHEMES = ("inverse_sqrt", "uniform", "ema")
-DEFAULT_EMA_DECAY = 0.9
 _PIECE_BYTES = (
     2 << 20
 )  # of one input; its fp64 copy, the accumulator and temporaries take about ten times that
 
 
-def merge_weights(scheme: str, count: int, ema_decay: float = DEFAULT_EMA_DECAY) -> list[float]:
-    """Weights of ``count`` checkpoints, oldest first, summing to 1. The k-th newest (k = 1 is the newest) has
+def select_checkpoints(
+    checkpoints: str | Path, last: int | None, steps: Sequence[int] | None, until: int | None = None
+) -> list[Path]:
+    """Step folders to merge, oldest first: ``last`` of them up to step ``until``, or exactly those of ``steps``.
 
-        inverse_sqrt   a weight proportional to 1/sqrt(k)
-        uniform        1/count
-        ema            a weight proportional to ema_decay**(k-1): what an exponential moving average holds that was
-                       updated once at every checkpoint, started at zero, and divided by its total weight
-                       1 - ema_decay**count
-
-    Args:
-        ema_decay: in (0, 1), decay from one checkpoint to the next (not from step to step).
-
-    Raises:
-        ConfigError: unknown scheme, or a value out of range.
-    """
-    if scheme not in SCHEMES:
-        raise ConfigError(
-            f"--weights {scheme}: unknown{nearest(scheme, SCHEMES)}; one of: {', '.join(SCHEMES)}"
-        )
-    if count < 1:
-        raise ConfigError(f"--last {count}: must be at least 1")
-    if not 0.0 < ema_decay < 1.0:
-        raise ConfigError(f"--ema-decay {ema_decay}: must lie between 0 and 1, both excluded")
-    ages = range(count, 0, -1)
-    raw = {
-        "inverse_sqrt": [1.0 / math.sqrt(k) for k in ages],
-        "uniform": [1.0 for _ in ages],
-        "ema": [ema_decay ** (k - 1) for k in ages],
-    }[scheme]
-    total = math.fsum(raw)
-    return [w / total for w in raw]
-
-
-def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequence[int] | None) -> list[Path]:
-    """Step folders to merge, oldest first: the ``last`` newest ones, or exactly those of ``steps``.
-
-    The newest is the one that ``latest`` names: a run that went back to it left the later ones behind.
+    Without ``until`` the newest is the one that ``latest`` names: a run that went back to it left the later ones
+    behind. Folders whose optimizer state was dropped count like any other.
 
     Raises:
         ConfigError: no checkpoints there, fewer than ``last``, an unknown or repeated step, or not exactly one of
@@ -90,20 +58,35 @@ def select_checkpoints(checkpoints: str | Path, last: int | None, steps: Sequenc
     if (last is None) == (steps is None):
         raise ConfigError("give exactly one of --last N and --steps STEP ...")
     if last is not None:
-        if last < 1:
-            raise ConfigError(f"--last {last}: must be at least 1")
-        branch = native.list_branch(folder)
-        if last > len(branch):
-            until = f" up to {branch[-1].name}, which latest names" if len(branch) < len(found) else ""
-            raise ConfigError(f"--last {last}: only {len(branch)} checkpoints exist in {folder}{until}")
-        return branch[-last:]
+        return _window(folder, found, last, until)
+    if until is not None:
+        raise ConfigError(f"--until {until}: only with --last N, not with --steps")
     by_step = {native.step_number(p): p for p in found}
     for step in steps:
         if step not in by_step:
-            raise ConfigError(f"--steps {step}: no such checkpoint; there are {', '.join(map(str, by_step))}")
+            raise ConfigError(f"--steps {step}: no such checkpoint; there are {_listed(by_step)}")
     if not steps or len(set(steps)) != len(steps):
         raise ConfigError(f"--steps {' '.join(map(str, steps))}: name at least one step, each once")
     return [by_step[step] for step in sorted(steps)]
+
+
+def _window(folder: Path, found: list[Path], last: int, until: int | None) -> list[Path]:
+    if last < 1:
+        raise ConfigError(f"--last {last}: must be at least 1")
+    branch = native.list_branch(folder)
+    numbers = [native.step_number(step) for step in branch]
+    end = f" up to {branch[-1].name}, which latest names" if len(branch) < len(found) else ""
+    if until is not None:
+        if until not in numbers:
+            raise ConfigError(f"--until {until}: no such checkpoint{end}; there are {_listed(numbers)}")
+        branch, end = branch[: numbers.index(until) + 1], f" up to step {until}"
+    if last > len(branch):
+        raise ConfigError(f"--last {last}: only {len(branch)} checkpoints exist in {folder}{end}")
+    return branch[-last:]
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def merge(
@@ -112,8 +95,11 @@ def merge(
     scheme: str = "inverse_sqrt",
     *,
     last: int | None = None,
+    until: int | None = None,
     steps: Sequence[int] | None = None,
-    ema_decay: float = DEFAULT_EMA_DECAY,
+    ema_decay: float | None = None,
+    weight_values: Sequence[float] | None = None,
+    decay_multipliers: Sequence[float] | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     checksums: bool = True,
     progress: Progress | None = None,
@@ -126,13 +112,14 @@ def merge(
     Args:
         checkpoints: run folder or checkpoints folder.
         output: new (or empty) folder.
-        scheme, ema_decay: see `merge_weights`. last, steps: see `select_checkpoints`.
+        scheme, ema_decay, weight_values, decay_multipliers: see `merge_weights`.
+        last, until, steps: see `select_checkpoints`.
         checksums: see `open_checkpoint`.
         progress: called with (bytes done, bytes in all) of the output.
 
     Returns:
-        {"inputs" (paths, oldest first), "weights" (same order), "bytes", "peak_memory_bytes",
-        "largest_tensor_bytes", "output"}.
+        {"scheme", "inputs" (paths, oldest first), "weights" and "decay_multipliers" (same order; see `decay_of`)},
+        which stand in state.json as ``merged``, and {"bytes", "largest_tensor_bytes", "peak_memory_bytes", "output"}.
 
     Raises:
         ConfigError: see `merge_weights` and `select_checkpoints`; output not empty or not writable.
@@ -140,31 +127,48 @@ def merge(
     """
     output = Path(output)
     check_free(output)
-    folders = select_checkpoints(checkpoints, last, steps)
-    factors = merge_weights(scheme, len(folders), ema_decay)
-    opened = [open_checkpoint(folder, checksums) for folder in folders]
+    folders = select_checkpoints(checkpoints, last, steps, until)
+    factors = merge_weights(
+        scheme,
+        [native.step_number(folder) for folder in folders],
+        ema_decay=ema_decay,
+        weight_values=weight_values,
+        decay_multipliers=decay_multipliers,
+    )
+    merged = {
+        "scheme": scheme,
+        "inputs": [str(f) for f in folders],
+        "weights": factors,
+        "decay_multipliers": decay_of(factors),
+    }
+    if scheme == "ema":
+        merged["ema_decay"] = DEFAULT_EMA_DECAY if ema_decay is None else ema_decay
+    sizes = _write_average(
+        output, [open_checkpoint(folder, checksums) for folder in folders], merged, max_shard_bytes, progress
+    )
+    return {**merged, **sizes, "peak_memory_bytes": peak_memory_bytes(), "output": str(output)}
+
+
+def _write_average(
+    output: Path,
+    opened: list[tuple[CheckpointDescription, Weights]],
+    merged: dict,
+    max_shard_bytes: int,
+    progress: Progress | None,
+) -> dict:
+    """Check that the inputs fit each other, then write; ``merged`` is what state.json says of the average."""
     for other in opened[:-1]:
         _check_same_model(opened[-1], other)
     description, newest = opened[-1]
     entries = {name: newest.info(name) for name in newest.keys}
     total = sum(info.nbytes for info in entries.values())
-    merged = {"scheme": scheme, "inputs": [str(f) for f in folders], "weights": factors}
-    if scheme == "ema":
-        merged["ema_decay"] = ema_decay
     with staged_folder(output, needed_bytes=total) as staging:
         (staging / "model").mkdir()
         inputs = [weights for _, weights in opened]
         with SafetensorsStream(staging / "model", "model", entries, max_shard_bytes) as stream:
-            _average(stream, inputs, factors, byte_counter(progress, total))
+            _average(stream, inputs, merged["weights"], byte_counter(progress, total))
         write_native_files(staging, native_state(description, {"merged": merged}), stream.files)
-    return {
-        "inputs": merged["inputs"],
-        "weights": factors,
-        "bytes": total,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "largest_tensor_bytes": max(info.nbytes for info in entries.values()),
-        "output": str(output),
-    }
+    return {"bytes": total, "largest_tensor_bytes": max(info.nbytes for info in entries.values())}
 
 
 def _average(
@@ -196,10 +200,19 @@ def _weighted_sum(name: str, inputs: list[Weights], factors: list[float], low: i
 def _check_same_model(
     a: tuple[CheckpointDescription, Weights], b: tuple[CheckpointDescription, Weights]
 ) -> None:
-    for what, same in (("shape", operator.eq), ("codec", same_encoder), ("text_encoder", same_encoder)):
-        if not same(getattr(a[0], what), getattr(b[0], what)):
+    newest, other = a[0], b[0]
+    for field in dataclasses.fields(newest.shape):
+        ours, theirs = getattr(newest.shape, field.name), getattr(other.shape, field.name)
+        if ours != theirs:
             raise DataError(
-                f"{b[0].path / 'state.json'}: another {_WORDS[what]} than {a[0].path}; merge checkpoints of one run"
+                f"{other.path / 'state.json'}: another architecture than {newest.path}: model.{field.name} is "
+                f"{theirs}, there {ours}; merge checkpoints of one run"
+            )
+    for what, words in (("codec", "latent codec"), ("text_encoder", "text encoder")):
+        if not same_encoder(getattr(newest, what), getattr(other, what)):
+            raise DataError(
+                f"{other.path / 'state.json'}: another {words} ({what}) than {newest.path}; "
+                "merge checkpoints of one run"
             )
     for name in a[1].keys:
         if a[1].info(name) != b[1].info(name):
@@ -207,6 +220,3 @@ def _check_same_model(
                 f"{b[1].file(name)}: tensor {name} is {b[1].info(name).dtype}, in {a[0].path} it is "
                 f"{a[1].info(name).dtype}; merge checkpoints of one run"
             )
-
-
-_WORDS = {"shape": "architecture", "codec": "latent codec", "text_encoder": "text encoder"}

@@ -1,7 +1,8 @@
 """The layout of a native checkpoint, and what makes one complete.
 
     RUN/checkpoints/step_00001200/model/*.safetensors       weights, whole or in pieces (`tensor_store`)
-                                  optimizer/*.safetensors   state of the optimizer (absent after merge and convert)
+                                  optimizer/*.safetensors   state of the optimizer (absent after merge and convert, and
+                                                            from older steps that are kept for their weights)
                                   state.json                step, samples seen, architecture, encoders, provenance
                                   manifest.json             size and SHA-256 of every other file
     RUN/checkpoints/latest                                  name of the newest complete checkpoint
@@ -146,6 +147,15 @@ def list_branch(folder: Path) -> list[Path]:
     return [step for step in steps if step_number(step) <= newest]
 
 
+def holds_optimizer(folder: Path) -> bool:
+    """Whether training can go on from a checkpoint: whether its manifest lists optimizer state.
+
+    Raises:
+        DataError: no manifest, or a damaged one.
+    """
+    return any(name.startswith("optimizer/") for name in read_manifest(folder))
+
+
 def find_complete(damaged: Path) -> Path | None:
     """The newest complete checkpoint beside ``damaged`` (a step folder or a checkpoints folder), older ones first."""
     named = _STEP_NAME.fullmatch(damaged.name) is not None
@@ -221,9 +231,14 @@ def verify(
 def listed_files(
     folder: Path, parts: Iterable[str] = ("model/", "optimizer/", "state.json")
 ) -> dict[str, dict]:
-    """Manifest entries of ``parts``; DataError when a tensor file is there that the manifest does not list."""
+    """Manifest entries of ``parts``; DataError when a tensor file is there that the manifest does not list.
+
+    Where it lists no optimizer state at all, such files are what a kill left of dropping it, and nobody reads them.
+    """
     parts, listed = tuple(parts), read_manifest(folder)
     for part in parts:
+        if part == "optimizer/" and not any(name.startswith(part) for name in listed):
+            continue
         for path in sorted((folder / part).glob("*.safetensors")) if part.endswith("/") else ():
             if path.relative_to(folder).as_posix() not in listed:
                 raise DataError(f"{path}: not in the manifest of its checkpoint; remove it")

@@ -17,13 +17,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from megatron_nucleus.inference.grid import CELL_PX, contact_sheet, fit
 from megatron_nucleus.inference.pipeline import Pipeline
-from megatron_nucleus.inference.sampler import SamplerConfig
+from megatron_nucleus.inference.sampler import OnRouting, SamplerConfig
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import open_atomic, write_atomic
 from megatron_nucleus.utils.staging import check_writable, explain_writing
 
 GRID_IMAGES = 64  # pictures on the contact sheet; a person looks at no more
-_OURS = re.compile(r"\d{5,}\.png|samples\.jsonl|grid\.png")
+_OURS = re.compile(r"\d{5,}\.png|samples\.jsonl|grid\.png|routing\.json")
 
 
 class PromptFile(NamedTuple):
@@ -104,6 +104,7 @@ def write_samples(
     batch_size: int = 16,
     progress: bool = True,
     overwrite: bool = False,
+    on_routing: OnRouting | None = None,
 ) -> dict:
     """Draw pictures and write them as their batches finish: ``00000.png``, ... and a line of ``samples.jsonl`` each.
 
@@ -113,6 +114,7 @@ def write_samples(
     Args:
         config: settings as `Pipeline.settings` returns them.
         overwrite: replace the pictures of an earlier job in ``folder``.
+        on_routing: see `Pipeline.stream`.
 
     Returns:
         {"output", "images", "seconds", "images_per_s", "grid"}; seconds of drawing and writing.
@@ -129,6 +131,7 @@ def write_samples(
     pictures = pipeline.stream(
         each, negative_prompts=negative_prompt, height=config.height, width=config.width, steps=config.steps,
         guidance=config.guidance, shift=config.shift, seeds=seeds, batch_size=batch_size, progress=progress,
+        on_routing=on_routing,
     )  # fmt: skip
     start = time.perf_counter()
     first = next(pictures)  # a prompt that is too long shows here, while the earlier pictures still exist

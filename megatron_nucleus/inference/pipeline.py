@@ -19,6 +19,7 @@ from megatron_nucleus.data.encoders import LatentCodec, TextEncoder, build_codec
 from megatron_nucleus.export.load import CheckpointDescription, load_model, read_description
 from megatron_nucleus.inference.sampler import (
     PUBLISHED,
+    OnRouting,
     SamplerConfig,
     check_sampler,
     sample_latents,
@@ -118,6 +119,7 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
         progress: bool = True,
+        on_routing: OnRouting | None = None,
     ) -> Iterator[Image.Image]:
         """Yield one picture per prompt, in order, as batches finish.
 
@@ -132,6 +134,7 @@ class Pipeline:
             seeds: one per picture, any 64-bit number; None = 0, 1, 2, ...
             batch_size: pictures drawn at once.
             progress: show a bar of denoising steps.
+            on_routing: called for each batch and step, as `sample_latents` does.
 
         Raises:
             ConfigError: a bad value, or a prompt that is too long (naming which).
@@ -139,10 +142,15 @@ class Pipeline:
         config = self.settings(height=height, width=width, steps=steps, guidance=guidance, shift=shift)
         if batch_size < 1:
             raise ConfigError(f"--batch-size {batch_size}: must be at least 1")
-        return self._stream(_jobs(prompts, negative_prompts, seeds), config, batch_size, progress)
+        return self._stream(_jobs(prompts, negative_prompts, seeds), config, batch_size, progress, on_routing)
 
     def _stream(
-        self, jobs: list[Job], config: SamplerConfig, batch_size: int, progress: bool
+        self,
+        jobs: list[Job],
+        config: SamplerConfig,
+        batch_size: int,
+        progress: bool,
+        on_routing: OnRouting | None,
     ) -> Iterator[Image.Image]:
         window = max(1, WINDOW_IMAGES // batch_size) * batch_size
         batches = -(-len(jobs) // batch_size)
@@ -160,17 +168,23 @@ class Pipeline:
                     texts = memory(at)
                 part = jobs[at : at + batch_size]
                 bar.set_postfix_str(f"images {at} to {at + len(part) - 1}")
-                yield from self._draw(part, texts, at % window, config, bar)
+                yield from self._draw(part, texts, at % window, config, bar, on_routing)
 
     @torch.no_grad()  # not inference_mode: cached rotation tables are shared with training
     def _draw(
-        self, jobs: list[Job], texts: TextMemory, at: int, config: SamplerConfig, bar
+        self,
+        jobs: list[Job],
+        texts: TextMemory,
+        at: int,
+        config: SamplerConfig,
+        bar,
+        on_routing: OnRouting | None,
     ) -> list[Image.Image]:
         noise_BSP, grid = self.noise([job.seed for job in jobs], config.height, config.width)
         positive, negative = texts.batch(at, len(jobs))
         latents_BSP = sample_latents(
             self.model, noise_BSP, positive, negative, grid, config.steps, config.guidance, config.shift,
-            on_step=lambda i, x: bar.update(),
+            on_step=lambda i, x: bar.update(), on_routing=on_routing,
         )  # fmt: skip
         return self.decode(latents_BSP, grid)
 

@@ -13,6 +13,7 @@ which changes an fp32 result beyond rounding:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from megatron_nucleus.core import flow
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
-from megatron_nucleus.types import TextKV
+from megatron_nucleus.types import Routing, TextKV
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -40,6 +41,9 @@ class SamplerConfig:
     height: int | None = knob(None, "height of a picture; None = the training resolution", unit="px")
     width: int | None = knob(None, "width of a picture; None = the training resolution", unit="px")
 
+
+# Called with (step from 0, its noise level, one routing per MoE layer).
+OnRouting = Callable[[int, float, list[Routing]], None]
 
 # The released model's defaults (NucleusMoEImagePipeline), for folders that do not bring their own.
 PUBLISHED = SamplerConfig(steps=50, guidance=4.0, shift=1.0, height=1024, width=1024)
@@ -76,6 +80,7 @@ def sample_latents(
     guidance: float,
     shift: float = 1.0,
     on_step: Callable[[int, Tensor], None] | None = None,
+    on_routing: OnRouting | None = None,
 ) -> Tensor:
     """Denoise a batch.
 
@@ -86,6 +91,8 @@ def sample_latents(
         grid: rows and columns of image tokens.
         steps, guidance, shift: see `SamplerConfig`.
         on_step: called after step i (from 0) with (i, latents_BSP fp32).
+        on_routing: called in step i, before ``on_step``, with (i, sigma, routings): those of the prompts alone, one
+            per MoE layer, each of B images. The negative prompts' are left out.
 
     Returns:
         clean packed latents [B, S, P], fp32.
@@ -106,18 +113,36 @@ def sample_latents(
     for i, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         noisy_BSP = x_BSP.to(dtype)
         sigma_B = torch.full((len(x_BSP),), sigma, device=x_BSP.device)
+        routed = None if on_routing is None else functools.partial(on_routing, i, sigma)
         if not guided:
-            velocity_BSP = model(noisy_BSP, sigma_B, text, grid).float()
+            velocity_BSP = _velocity(model, noisy_BSP, sigma_B, text, grid, routed)
         elif both is not None:
-            pair_BSP = model(torch.cat([noisy_BSP, noisy_BSP]), sigma_B.repeat(2), both, grid).float()
-            velocity_BSP = guide(*pair_BSP.chunk(2), guidance)
+            pair = torch.cat([noisy_BSP, noisy_BSP]), sigma_B.repeat(2)
+            velocity_BSP = guide(*_velocity(model, *pair, both, grid, routed, len(x_BSP)).chunk(2), guidance)
         else:
-            positive_BSP = model(noisy_BSP, sigma_B, text, grid).float()
-            velocity_BSP = guide(positive_BSP, model(noisy_BSP, sigma_B, negative, grid).float(), guidance)
+            positive_BSP = _velocity(model, noisy_BSP, sigma_B, text, grid, routed)
+            velocity_BSP = guide(positive_BSP, _velocity(model, noisy_BSP, sigma_B, negative, grid), guidance)
         x_BSP = flow.euler_step(x_BSP, velocity_BSP, sigma, sigma_next)
         if on_step is not None:
             on_step(i, x_BSP)
     return x_BSP
+
+
+def _velocity(
+    model: NucleusTransformer,
+    noisy_BSP: Tensor,
+    sigma_B: Tensor,
+    text: TextKV,
+    grid: tuple[int, int],
+    routed: Callable[[list[Routing]], None] | None = None,
+    images: int | None = None,
+) -> Tensor:
+    """One model call, fp32. routed: is given the routings of the first ``images`` rows (None = of all)."""
+    if routed is None:
+        return model(noisy_BSP, sigma_B, text, grid).float()
+    velocity_BSP, routings = model(noisy_BSP, sigma_B, text, grid, return_routing=True)
+    routed([Routing(*(part[:images] for part in routing)) for routing in routings])
+    return velocity_BSP.float()
 
 
 def guide(positive_BSP: Tensor, negative_BSP: Tensor, guidance: float) -> Tensor:

@@ -73,7 +73,7 @@ def test_true_pictures_pass_and_false_captions_fail(name, spoil):
     right = [scoring.judge(d, r).correct for d, r in zip(found, records, strict=True)]
     wrong = [scoring.judge(d, falsified(r, rng)).correct for d, r in zip(found, records, strict=True)]
     assert len(records) == 400
-    result = scoring.summarise(zip(records, right, strict=True))
+    result = scoring.summarise((record, [correct]) for record, correct in zip(records, right, strict=True))
     assert result["mean"] >= 0.99
     assert min(result[skill] for skill in scoring.SKILL_OF_TAG.values()) >= 0.96
     assert np.mean(wrong) <= 0.02
@@ -294,7 +294,7 @@ def test_bad_metadata_is_named(metadata, message):
 
 def test_summary_is_the_mean_of_the_skills():
     def records(tag, correct, wrong, **more):
-        return [(record(tag, CIRCLE) | more, i < correct) for i in range(correct + wrong)]
+        return [(record(tag, CIRCLE) | more, [i < correct]) for i in range(correct + wrong)]
 
     scored = records("single_object", 4, 0) + records("two_object", 1, 1) + records("counting", 0, 8)
     scored += records("color_attr", 9, 0, split=scenes.HELD_OUT_SPLIT)
@@ -303,7 +303,9 @@ def test_summary_is_the_mean_of_the_skills():
     assert result["mean"] == 0.5  # of skills, not of pictures
     assert (result["colors"], result["position"], result["color_attribution"]) == (None, None, None)
     assert result["samples"] == 14
-    assert result["held_out_pairs"] == {"color_attribution": 1.0, "samples": 9}
+    assert result["held_out_pairs"] == {
+        "color_attribution": 1.0, "samples": 9, "standard_error": {"color_attribution": 0.0},
+    }  # fmt: skip
     assert scoring.summarise([])["mean"] is None
 
 
@@ -331,6 +333,9 @@ def test_a_folder_is_scored_picture_by_picture(folder):
     (folder / "00001/samples/notes.txt").write_text("not a sample")
     result = scoring.score_folder(folder)
     assert (result["colors"], result["counting"], result["mean"], result["samples"]) == (1.0, 0.5, 0.75, 3)
+    judged = [verdicts for _, verdicts in scoring.by_prompt(scoring.score_samples(folder))]
+    assert judged == [[True], [True, False]]
+    assert result["standard_error"]["counting"] is None  # of one prompt alone
     rows = [s.row() for s in scoring.score_samples(folder)]
     assert [(r["filename"], r["correct"]) for r in rows] == [
         ("00000/samples/0000.png", True),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from megatron_nucleus.export import merge as merge_module
 from megatron_nucleus.export import native
 from megatron_nucleus.export.load import load_model
-from megatron_nucleus.export.merge import merge, merge_weights, select_checkpoints
+from megatron_nucleus.export.merge import merge, select_checkpoints
+from megatron_nucleus.export.merge_weights import SCHEMES
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
 STEPS = (100, 200, 300, 1000)
@@ -31,36 +32,10 @@ def merged_tensors(folder):
     return load_file(file)
 
 
-def test_formulas_by_hand():
-    root2, root3 = 1 / math.sqrt(2), 1 / math.sqrt(3)
-    total = 1 + root2 + root3
-    assert merge_weights("inverse_sqrt", 3) == pytest.approx(
-        [root3 / total, root2 / total, 1 / total], rel=1e-15
-    )
-    assert merge_weights("uniform", 4) == [0.25] * 4
-    assert merge_weights("ema", 3, 0.5) == pytest.approx([1 / 7, 2 / 7, 4 / 7], rel=1e-15)
-    for scheme in merge_module.SCHEMES:
-        for count in (1, 2, 16, 100):
-            weights = merge_weights(scheme, count, 0.7)
-            assert math.fsum(weights) == pytest.approx(1.0, abs=1e-14)
-            assert weights == sorted(weights)
-        assert merge_weights(scheme, 1) == [1.0]
-
-
-def test_ema_weights_equal_a_bias_corrected_moving_average():
-    rng, decay = np.random.default_rng(0), 0.83
-    thetas = rng.normal(size=(7, 50))
-    average = np.zeros(50)
-    for theta in thetas:
-        average = decay * average + (1 - decay) * theta
-    average /= 1 - decay ** len(thetas)
-    combined = np.array(merge_weights("ema", len(thetas), decay)) @ thetas
-    np.testing.assert_allclose(combined, average, rtol=1e-13)
-
-
 @pytest.mark.parametrize("scheme", ["inverse_sqrt", "uniform", "ema"])
 def test_average_equals_numpy_exactly(make, run, tmp_path, scheme):
-    report = merge(run, tmp_path / "merged", scheme, last=3, ema_decay=0.6)
+    decay = 0.6 if scheme == "ema" else None
+    report = merge(run, tmp_path / "merged", scheme, last=3, ema_decay=decay)
     models = [make.model(make.shape(num_layers=2), step).state_dict() for step in STEPS[1:]]
     age = np.array([3.0, 2.0, 1.0])
     raw = {"inverse_sqrt": age**-0.5, "uniform": age**0.0, "ema": 0.6 ** (age - 1)}[scheme]
@@ -89,7 +64,7 @@ def test_one_checkpoint_gives_its_own_bits(make, tmp_path, dtype):
     model = make.model(make.shape(num_layers=2), 1, dtype)
     model.image_in.bias.data[0] = -0.0
     make.run(tmp_path / "run", model, 7)
-    for scheme in merge_module.SCHEMES:
+    for scheme in SCHEMES[:-1]:  # all but custom
         merge(tmp_path / "run" / "checkpoints", tmp_path / scheme, scheme, last=1)
         for name, tensor in merged_tensors(tmp_path / scheme).items():
             assert tensor.dtype == dtype
@@ -123,7 +98,8 @@ def test_merged_folder_is_a_checkpoint_that_says_what_it_is(make, run, tmp_path)
     native.verify(tmp_path / "merged")
     state = json.loads((tmp_path / "merged" / "state.json").read_text())
     inputs = [str(run / "checkpoints" / native.step_name(s)) for s in (100, 1000)]
-    assert state["merged"] == {"scheme": "ema", "inputs": inputs, "weights": [0.2, 0.8], "ema_decay": 0.25}
+    assert state["merged"] == {"scheme": "ema", "inputs": inputs, "weights": [0.2, 0.8],
+                               "decay_multipliers": [1.0, 0.8], "ema_decay": 0.25}  # fmt: skip
     assert (state["step"], state["samples_seen"]) == (1000, 8000)
     for key in ("codec", "text_encoder", "sampling", "seed", "versions"):
         assert state[key] == make.extra[key]
@@ -141,6 +117,9 @@ def test_selection(run):
     assert names(last=2, steps=None) == [300, 1000]
     assert names(last=4, steps=None) == list(STEPS)
     assert names(last=None, steps=[300, 100]) == [100, 300]
+    assert names(last=2, steps=None, until=300) == [200, 300]
+    assert names(last=1, steps=None, until=100) == [100]
+    assert names(last=4, steps=None, until=1000) == list(STEPS)
     cases = [
         ({"last": 5, "steps": None}, "--last 5: only 4 checkpoints exist"),
         ({"last": 0, "steps": None}, "--last 0: must be at least 1"),
@@ -149,6 +128,12 @@ def test_selection(run):
         ({"last": None, "steps": []}, "at least one"),
         ({"last": None, "steps": None}, "exactly one"),
         ({"last": 1, "steps": [100]}, "exactly one"),
+        ({"last": 3, "steps": None, "until": 200}, "--last 3: only 2 checkpoints exist in .* up to step 200"),
+        (
+            {"last": 1, "steps": None, "until": 250},
+            "--until 250: no such checkpoint; there are 100, 200, 300, 1000",
+        ),
+        ({"last": None, "steps": [100], "until": 100}, "--until 100: only with --last N"),
     ]
     for how, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -163,6 +148,8 @@ def test_checkpoints_that_latest_left_behind_are_not_merged(run):
     assert [p.name for p in select_checkpoints(run, 2, None)] == ["step_00000100", "step_00000200"]
     with pytest.raises(ConfigError, match=r"--last 3: only 2 .* up to step_00000200, which latest names"):
         select_checkpoints(run, 3, None)
+    with pytest.raises(ConfigError, match=r"--until 300: .* latest names; there are 100, 200$"):
+        select_checkpoints(run, 1, None, until=300)  # a window of two histories
     assert [p.name for p in select_checkpoints(run, None, [300])] == ["step_00000300"]  # named: meant
     latest.write_text("nonsense")
     with pytest.raises(DataError, match="latest"):
@@ -178,17 +165,11 @@ def test_a_moved_encoder_folder_is_the_same_encoder(make, run, tmp_path):
     assert len(merge(run, tmp_path / "m", last=2)["inputs"]) == 2
 
 
-def test_bad_schemes():
-    with pytest.raises(ConfigError, match=r"--weights inverse_sqr: unknown \(did you mean inverse_sqrt"):
-        merge_weights("inverse_sqr", 2)
-    for decay in (0.0, 1.0, 1.5, -1.0, math.nan):
-        with pytest.raises(ConfigError, match="--ema-decay"):
-            merge_weights("ema", 2, decay)
-
-
 def test_different_models_are_refused(make, run, tmp_path):
     make.run(run, make.model(make.shape(num_layers=2, text_dim=26), 1), 1100)
-    with pytest.raises(DataError, match="another architecture"):
+    with pytest.raises(
+        DataError, match=r"step_00001000/state.json: another arch.* model.text_dim is 24, there 26"
+    ):
         merge(run, tmp_path / "m", last=2)
     make.run(run, make.model(make.shape(num_layers=2), 1), 1200)
     make.run(
@@ -197,8 +178,11 @@ def test_different_models_are_refused(make, run, tmp_path):
         1300,
         codec={"name": "dct", "coefficients": [16, 16, 16]},
     )
-    with pytest.raises(DataError, match=r"step_00001200.*another latent codec"):
+    with pytest.raises(DataError, match=r"step_00001200.*another latent codec \(codec\)"):
         merge(run, tmp_path / "m", last=2)
+    make.run(run, make.model(make.shape(num_layers=2), 1), 1350, text_encoder={"name": "other"})
+    with pytest.raises(DataError, match=r"step_00001200.*another text encoder \(text_encoder\)"):
+        merge(run, tmp_path / "m", steps=[1200, 1350])
     make.run(run, make.model(make.shape(num_layers=2), 1, torch.bfloat16), 1400)
     with pytest.raises(DataError, match=r"step_00001200.*float32.*bfloat16"):
         merge(run, tmp_path / "m", steps=[1200, 1400])

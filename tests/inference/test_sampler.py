@@ -203,3 +203,40 @@ def test_settings_that_can_draw_nothing(change, message):
 def test_guidance_without_a_negative_text():
     with pytest.raises(ConfigError, match=r"--guidance 2.0: .*negative text"):
         sample_latents(types.SimpleNamespace(), noise(), dummy_text(2), None, GRID, 2, 2.0)
+
+
+# --- the routing hook ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("guidance", "limit"), [(1.0, 0), (3.0, 0), (3.0, 10**6)])
+def test_routings_are_those_of_the_prompts(tiny_model, monkeypatch, guidance, limit):
+    """Without guidance, with two calls a step, and with one call for both texts."""
+    monkeypatch.setattr(sampler, "ONE_CALL_TOKENS", limit)
+    text, _ = text_of(tiny_model, [5, 3], seed=2)
+    negative, _ = text_of(tiny_model, [1, 4], seed=3)
+    states, heard = [noise()], []
+    args = (tiny_model, noise(), text, negative, GRID, 3, guidance, 2.0)
+    got = sample_latents(
+        *args,
+        on_step=lambda i, x: (states.append(x), heard.append(("step", i))),
+        on_routing=lambda *call: heard.append(("routing", *call)),
+    )
+    assert torch.equal(got, sample_latents(*args))
+    assert [event[:2] for event in heard] == [(kind, i) for i in range(3) for kind in ("routing", "step")]
+    for _, i, sigma, routings in heard[::2]:
+        assert sigma == pytest.approx([1.0, 0.8, 0.5][i])
+        with torch.no_grad():
+            _, want = tiny_model(states[i], torch.full((2,), sigma), text, GRID, return_routing=True)
+        assert len(routings) == len(want) == 2
+        for ours, theirs in zip(routings, want, strict=True):
+            assert torch.equal(ours.index_BEC, theirs.index_BEC)
+            torch.testing.assert_close(ours.weight_BEC, theirs.weight_BEC)
+            torch.testing.assert_close(ours.logits_BSE, theirs.logits_BSE, rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_hook_no_routing_is_asked_for():
+    """The stand-in model takes no ``return_routing``."""
+    model = Recorder(lambda x, sigma, text: x)
+    sample_latents(model, noise(), dummy_text(2), None, GRID, 2, 1.0)
+    with pytest.raises(TypeError, match="return_routing"):
+        sample_latents(model, noise(), dummy_text(2), None, GRID, 2, 1.0, on_routing=lambda *call: None)

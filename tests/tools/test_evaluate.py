@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,7 @@ def scores(capsys, *arguments) -> dict:
 
 @pytest.fixture
 def truth(tmp_path, capsys):
-    """A store of true pictures: 4 prompts of each skill, 2 pictures of each."""
+    """A folder of true pictures: 4 prompts of each skill, 2 pictures of each, one seed."""
     command = ("--truth", "--prompts-per-skill", 4, "--samples-per-prompt", 2, "--output", tmp_path / "store")
     assert scores(capsys, *command)["generated"] == 64
     return tmp_path / "store", command
@@ -46,19 +48,27 @@ def test_true_scenes_score_one(truth, capsys):
     assert result["source"] == "images"
     assert {skill: result[skill] for skill in ("mean", *SKILLS)} == dict.fromkeys(("mean", *SKILLS), 1.0)
     assert result["samples"] == 48
-    assert result["held_out_pairs"] == {"colors": 1.0, "color_attribution": 1.0, "samples": 16}
+    assert result["held_out_pairs"] == {
+        "colors": 1.0, "color_attribution": 1.0, "samples": 16,
+        "standard_error": {"colors": 0.0, "color_attribution": 0.0},
+    }  # fmt: skip
+    assert (result["seeds"], result["std_over_seeds"]) == ([0], None)
     written = json.loads((store / "results.json").read_text())
     assert (written["mean"], written["source"]) == (1.0, "truth")
     rows = [json.loads(line) for line in (store / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 64
     assert all(row["correct"] for row in rows)
+    assert rows[0]["filename"] == "seed_0/00000/samples/0000.png"
+    alone = scores(capsys, "--images", store / "seed_0")  # GenEval's layout, of which no seed is known
+    assert (alone["mean"], alone["samples"]) == (1.0, 48)
+    assert (alone["seeds"], alone["std_over_seeds"], alone["per_seed"]) == (None, None, [])
     assert Image.open(store / rows[0]["filename"]).size == (32, 32)
 
 
 def test_wrong_pictures_cost_their_skill_only(truth, capsys):
     store, _ = truth
     wrong = 0
-    for folder in sorted(p for p in store.iterdir() if p.is_dir()):
+    for folder in sorted(p for p in (store / "seed_0").iterdir() if p.is_dir()):
         metadata = json.loads((folder / "metadata.jsonl").read_text())
         if metadata["tag"] == "counting":
             Image.new("RGB", (32, 32), (100, 100, 100)).save(folder / "samples/0001.png")
@@ -67,6 +77,7 @@ def test_wrong_pictures_cost_their_skill_only(truth, capsys):
     assert wrong == 4
     assert result["counting"] == 0.5
     assert result["mean"] == pytest.approx(5.5 / 6)
+    assert result["standard_error"]["counting"] == 0.0  # every prompt scored one half
 
 
 def test_free_tier_and_sizes(tmp_path, capsys):
@@ -75,7 +86,7 @@ def test_free_tier_and_sizes(tmp_path, capsys):
         "--prompts-per-skill", 5, "--output", tmp_path / "store",
     )  # fmt: skip
     assert result["mean"] == 1.0
-    sizes = {Image.open(p).size for p in (tmp_path / "store").glob("*/samples/*.png")}
+    sizes = {Image.open(p).size for p in (tmp_path / "store").glob("seed_0/*/samples/*.png")}
     assert sizes == {(48, 80), (64, 64)}
 
 
@@ -87,19 +98,21 @@ def test_without_output_nothing_is_kept(tmp_path, capsys, monkeypatch):
 
 def test_the_same_command_makes_only_what_is_missing(truth, capsys):
     store, command = truth
-    pictures = {p: p.read_bytes() for p in store.glob("*/samples/*.png")}
+    pictures = {p: p.read_bytes() for p in store.glob("seed_0/*/samples/*.png")}
     assert scores(capsys, *command)["generated"] == 0
     gone, cut, *_ = pictures
     gone.unlink()
     cut.write_bytes(pictures[cut][:60])
     assert scores(capsys, *command)["generated"] == 2
-    assert {p: p.read_bytes() for p in store.glob("*/samples/*.png")} == pictures
+    assert {p: p.read_bytes() for p in store.glob("seed_0/*/samples/*.png")} == pictures
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("--seed", 1), "seed 0 -> 1"),
+        (("--seeds", 1, "--tier", "free"), "seed_0: .*tier grid -> free"),  # nor beside each other
+        (("--seeds", 1, 0, "--tier", "free"), "seed_0: .*tier grid -> free"),
+        (("--seeds", 1, "--prompts-per-skill", 5), "prompts_per_skill 4 -> 5"),
         (("--samples-per-prompt", 1), "samples_per_prompt 2 -> 1"),
         (("--prompts-per-skill", 5), "prompts "),
         (("--tier", "free"), "tier grid -> free"),
@@ -111,6 +124,46 @@ def test_other_settings_never_mix_with_stored_pictures(truth, change, message):
     with pytest.raises(ConfigError, match=message):
         evaluate.main(["scenes", *map(str, (*command, *change))])
     assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
+
+
+def test_seeds_are_made_once_and_score_as_one(tmp_path, capsys):
+    """Three seeds at once, or one after the other: the same pictures, prompts and noise of their own, one result."""
+    command = ("--truth", "--prompts-per-skill", 3, "--output", tmp_path / "store")
+    made = [scores(capsys, *command, "--seeds", *seeds)["generated"] for seeds in ((1,), (0,), (1, 0, -4))]
+    assert made == [24, 24, 24]
+    spoiled = []
+    for folder in sorted((tmp_path / "store" / "seed_-4").glob("0*")):  # one wrong picture of each skill
+        metadata = json.loads((folder / "metadata.jsonl").read_text())
+        if metadata["tag"] not in spoiled and "split" not in metadata:
+            spoiled.append(metadata["tag"])
+            Image.new("RGB", (32, 32), (100, 100, 100)).save(folder / "samples/0000.png")
+    result = scores(capsys, *command, "--seeds", 1, 0, -4)
+    assert (result["generated"], result["samples"], result["seeds"]) == (0, 54, [1, 0, -4])
+    assert (result["mean"], result["counting"]) == (pytest.approx(8 / 9), pytest.approx(8 / 9))
+    assert [row["mean"] for row in result["per_seed"]] == [1.0, 1.0, pytest.approx(2 / 3)]
+    assert result["std_over_seeds"]["mean"] == pytest.approx(math.sqrt(1 / 27))
+    error = math.sqrt(8 / 81 / 8)  # binomial, of nine prompts
+    assert result["standard_error"]["counting"] == pytest.approx(error)
+    assert result["standard_error"]["mean"] == pytest.approx(error / math.sqrt(6))
+    again = scores(capsys, "--images", tmp_path / "store")
+    assert (again["seeds"], again["samples"], again["mean"]) == ([-4, 0, 1], 54, result["mean"])
+    assert again["standard_error"] == pytest.approx(result["standard_error"])
+    files = {seed: {p.relative_to(tmp_path / f"store/seed_{seed}"): p.read_bytes()
+                    for p in (tmp_path / f"store/seed_{seed}").rglob("*.png")} for seed in (0, 1)}  # fmt: skip
+    assert files[0].keys() == files[1].keys()
+    assert all(files[0][name] != files[1][name] for name in files[0])
+    prompts = [[json.loads(p.read_text())["prompt"] for p in sorted((tmp_path / f"store/seed_{seed}").rglob("*.jsonl"))]
+               for seed in (0, 1)]  # fmt: skip
+    assert prompts[0] != prompts[1]
+
+
+def test_the_printed_lines_carry_errors_and_numbers(tmp_path, capsys):
+    command = ["scenes", "--truth", "--prompts-per-skill", "2", "--seeds", "0", "1"]
+    evaluate.main(command)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mean               1.000 ± 0.000 (n = 24)"
+    assert lines[1] == "single_object      1.000 ± 0.000 (n = 4)"
+    assert lines[-1] == "mean by seed       0: 1.000 1: 1.000; standard deviation 0.000"
 
 
 def test_a_place_that_cannot_be_written_is_named():
@@ -127,8 +180,8 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
 
 def test_a_damaged_settings_file_is_named(truth):
     store, command = truth
-    (store / "settings.json").write_text("{")
-    with pytest.raises(DataError, match=re.escape(str(store / "settings.json"))):
+    (store / "seed_0/settings.json").write_text("{")
+    with pytest.raises(DataError, match=re.escape(str(store / "seed_0/settings.json"))):
         evaluate.main(["scenes", *map(str, command)])
 
 
@@ -175,11 +228,11 @@ def test_a_checkpoint_is_sampled_kept_and_continued(checkpoint, tmp_path, capsys
     command = ("--checkpoint", checkpoint, "--prompts-per-skill", 2, "--output", tmp_path / "store")
     first = scores(capsys, *command, "--batch-size", 5)
     assert (first["source"], first["generated"], first["samples"]) == ("checkpoint", 16, 12)
-    settings = json.loads((tmp_path / "store/settings.json").read_text())
+    settings = json.loads((tmp_path / "store/seed_0/settings.json").read_text())
     assert {k: settings[k] for k in ("steps", "guidance", "height", "dtype", "checkpoint")} == {
         "steps": 2, "guidance": 2.0, "height": 32, "dtype": "float32", "checkpoint": fingerprint(checkpoint),
     }  # fmt: skip
-    pictures = {p: pixels_of(p) for p in (tmp_path / "store").glob("*/samples/*.png")}
+    pictures = {p: pixels_of(p) for p in (tmp_path / "store").glob("seed_0/*/samples/*.png")}
     assert len({v.tobytes() for v in pictures.values()}) == 16, "every picture has its own noise"
     for path in list(pictures)[::3]:
         path.unlink()
@@ -211,6 +264,17 @@ def test_fingerprints_tell_weights_apart(checkpoint, tmp_path):
     assert len({a, c, fingerprint(checkpoint)}) == 3
 
 
+def test_a_checkpoint_that_lost_its_optimizer_state_is_the_same_model(checkpoint, tmp_path):
+    step = tmp_path / "step"
+    shutil.copytree(checkpoint, step)
+    before = fingerprint(step)
+    files = native.read_manifest(step)
+    native.write_manifest(step, {**files, "optimizer/a.safetensors": {"bytes": 1, "sha256": "0"}})
+    assert fingerprint(step) == before
+    native.write_manifest(step, {**files, "model/b.safetensors": {"bytes": 1, "sha256": "0"}})
+    assert fingerprint(step) != before
+
+
 # ---------------------------------------------------------------- bad arguments
 
 
@@ -223,13 +287,18 @@ def test_fingerprints_tell_weights_apart(checkpoint, tmp_path):
         (["scenes", "--truth", "--images", "x"], "got --images and --truth"),
         (["scenes", "--truth", "--untrained"], "--untrained needs --checkpoint"),
         (["scenes", "--truth", "--steps", "3"], "--steps 3: is used with --checkpoint, not with --truth"),
-        (["scenes", "--images", "x", "--seed", "3"], "--seed 3: is used with --checkpoint or --truth"),
+        (
+            ["scenes", "--images", "x", "--seeds", "3", "4"],
+            "--seeds 3 4: is used with --checkpoint or --truth",
+        ),
         (["scenes", "--truth", "--stepz", "3"], "unknown argument --stepz (did you mean --steps?)"),
         (["scenes", "--truth", "--prompts-per-skill", "0"], "--prompts-per-skill 0: at least 1"),
         (["scenes", "--truth", "--samples-per-prompt", "0"], "--samples-per-prompt 0: at least 1"),
         (["scenes", "--truth", "--max-objects", "5"], "--max-objects 5: 2 to 4 for tier grid"),
         (["scenes", "--truth", "--scene-sizes", "16x16"], "both sides must be 32 to 1024"),
-        (["scenes", "--truth", "--seed", str(1 << 70)], "must be a 64-bit number"),
+        (["scenes", "--truth", "--seeds", "1", str(1 << 70)], "each must be a 64-bit number"),
+        (["scenes", "--truth", "--seeds", "1", "1"], "--seeds 1 1: name at least one seed, each once"),
+        (["scenes", "--truth", "--seed", "1"], "unknown argument --seed (did you mean --seeds?)"),
         (["scenes", "--checkpoint", "/nowhere/at/all"], "/nowhere/at/all"),
         (["scenes", "--images", "/nowhere/at/all"], "--images /nowhere/at/all: no such folder"),
     ],

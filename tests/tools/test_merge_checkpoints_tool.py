@@ -111,7 +111,12 @@ def test_too_few_checkpoints_exit_with_2(tmp_path):
             "--ema-decay 0.5: only with --weights ema",
         ),
         (["--last", "1", "--weights", "ema", "--ema-decay", "1"], "--ema-decay 1.0: must lie between"),
-        (["--last", "1", "--weights", "cosine"], "cosine"),
+        (["--last", "1", "--weights", "cosin"], "cosin"),
+        (["--last", "2", "--weights", "custom"], "exactly one of --weight-values and --decay-multipliers"),
+        (["--last", "2", "--weights", "custom", "--weight-values", "1"], "--weight-values 1: 1 values for 2"),
+        (["--last", "2", "--weights", "custom", "--weight-values", "nan", "1"], "nan is not allowed"),
+        (["--last", "1", "--until", "3"], "--until 3: no such checkpoint; there are 1, 2"),
+        (["--steps", "1", "--until", "1"], "--until 1: only with --last N"),
         (["--last", "two"], "two"),
         ([], "exactly one of --last N and --steps"),
         (["--last", "1", "--steps", "1"], "exactly one"),
@@ -134,6 +139,33 @@ def test_in_process_run_with_steps(tool, tmp_path, capsys):
          "--ema-decay", "0.25", "--output", str(tmp_path / "m"), "--json"]
     )  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("0.200000  ")
-    assert json.loads(lines[-1])["weights"] == pytest.approx([0.2, 0.8])
+    assert lines[0].split() == ["weight", "rate", "checkpoint"]
+    assert lines[1].startswith("0.200000  1.000000  ")
+    assert lines[2].startswith("0.800000  0.800000  ")
+    report = json.loads(lines[-1])
+    assert report["weights"] == pytest.approx([0.2, 0.8])
+    assert report["decay_multipliers"] == pytest.approx([1.0, 0.8])
     assert load_model(tmp_path / "m").image_in.bias[0].item() == pytest.approx(2.6)
+
+
+def test_a_window_in_the_middle_and_weights_of_ones_own(tool, tmp_path, capsys):
+    write_run(tmp_path / "run", (1, 2, 3, 10))
+
+    def merged(name, *arguments):
+        tool("merge_checkpoints")(
+            ["--checkpoints", str(tmp_path / "run"), "--last", "3", "--until", "3", "--weights", "custom",
+             *arguments, "--output", str(tmp_path / name), "--json"]
+        )  # fmt: skip
+        lines = capsys.readouterr().out.splitlines()
+        report = json.loads(lines[-1])
+        assert [Path(p).name for p in report["inputs"]] == [native.step_name(s) for s in (1, 2, 3)]
+        return load_model(tmp_path / name).image_in.bias[0].item(), report, lines
+
+    value, report, lines = merged("a", "--weight-values", "1", "1", "2")
+    assert value == pytest.approx((1 + 2 + 2 * 3) / 4)
+    assert "--weight-values sum to 4; each was divided by it" in lines
+    assert report["decay_multipliers"] == [1.0, 0.75, 0.5]
+    again, report, lines = merged("b", "--decay-multipliers", "1", "0.75", "0.5")
+    assert again == value
+    assert report["weights"] == [0.25, 0.25, 0.5]
+    assert not any("divided" in line for line in lines)

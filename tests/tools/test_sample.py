@@ -227,3 +227,20 @@ def test_exit_codes_and_one_line_errors(run_folder, tmp_path):
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
         assert not (tmp_path / "o").exists()
+
+
+def test_routing_stats_cover_every_picture_and_step(run_folder, tmp_path, capsys):
+    flags = ("--checkpoint", run_folder, "--prompt", "a circle", "--samples-per-prompt", 3, "--batch-size", 2)
+    call(capsys, *flags, "--output", tmp_path / "a", "--routing-stats")
+    call(capsys, *flags, "--output", tmp_path / "b")
+    assert not (tmp_path / "b" / "routing.json").exists()
+    names = [p.name for p in sorted((tmp_path / "b").iterdir()) if p.suffix == ".png"]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    document = json.loads((tmp_path / "a" / "routing.json").read_text())
+    assert [(row["step"], row["images"]) for row in document["steps"]] == [(1, 3), (2, 3)]
+    assert document["all_steps"]["images"] == 6
+    assert document["steps"][0]["layers"][0]["experts_per_token"] == 2.0  # capacity factor 2
+    with pytest.raises(ConfigError, match="files of an earlier job"):
+        call(capsys, *flags, "--output", tmp_path / "a")
+    call(capsys, *flags, "--output", tmp_path / "a", "--overwrite")
+    assert not (tmp_path / "a" / "routing.json").exists()

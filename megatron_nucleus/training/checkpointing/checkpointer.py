@@ -36,6 +36,7 @@ from megatron_nucleus.training.checkpointing.shard_files import (
 )
 from megatron_nucleus.training.checkpointing.step_folders import (
     clear_leftovers,
+    is_whole,
     prune,
     publish,
     settle_replaced,
@@ -73,7 +74,10 @@ class Checkpointer:
         folder: ``RUN/checkpoints``, on a file system that all ranks share; created by the first save.
         keep_last: after a save, delete step folders older than the newest this many, counted back from the one that
             ``latest`` names (later ones, of a run that went back, are left alone); None keeps all. A checkpoint
-            that `load_latest` found damaged counts as none. Merging N checkpoints needs at least N.
+            that `load_latest` found damaged counts as none.
+        keep_last_weights: of the older folders keep the newest this many, without their optimizer state (at half
+            the size with Muon, a third with AdamW): to merge, to sample, to start a new run, not to resume. None
+            deletes them all. Merging N checkpoints needs ``keep_last`` + ``keep_last_weights`` of at least N.
         checksums: compare SHA-256 on load (one extra read, shared among the ranks); sizes are always compared.
         control: gloo group over all ranks; None for one process.
         asynchronous: `save` copies the state to host memory and returns; a thread writes the copy while training
@@ -84,15 +88,26 @@ class Checkpointer:
         self,
         folder: str | Path,
         keep_last: int | None = None,
+        keep_last_weights: int | None = None,
         checksums: bool = True,
         control: dist.ProcessGroup | None = None,
         asynchronous: bool = False,
     ):
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"--keep-last-checkpoints {keep_last}: must be at least 1, or none to keep all")
+        if keep_last_weights is not None and keep_last is None:
+            raise ConfigError(
+                f"--keep-last-weights {keep_last_weights}: is for checkpoints older than --keep-last-checkpoints N, "
+                "which keeps all now; give N as well"
+            )
+        if keep_last_weights is not None and keep_last_weights < 1:
+            raise ConfigError(
+                f"--keep-last-weights {keep_last_weights}: must be at least 1, or none to keep none"
+            )
         if control is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError("several ranks need a control group: each would save alone")
-        self.folder, self.keep_last, self.checksums = Path(folder), keep_last, checksums
+        self.folder, self.checksums = Path(folder), checksums
+        self.keep_last, self.keep_last_weights = keep_last, keep_last_weights
         self._control = Ranks(control)
         # Collectives of two threads in one group would mix. A slow write is waited for as long as gloo does (30 min).
         self._writers = Ranks(dist.new_group(backend="gloo") if asynchronous and control else control)
@@ -142,14 +157,15 @@ class Checkpointer:
         warning that names what is damaged, the newest complete one before it.
 
         Newer ones, of a run that went back, are not tried. Only where ``latest`` itself is missing or damaged is
-        the newest of all complete ones taken. A checkpoint loads into any number of ranks and any layout.
+        the newest of all complete ones taken. A checkpoint loads into any number of ranks and any layout. Folders
+        that were kept for their weights are passed over.
 
         Returns:
             ``extra`` as it was given to `save`, or None when there is no checkpoint yet (``state`` is untouched).
 
         Raises:
             ConfigError: the checkpoint holds another architecture or other optimizer state than ``state``, which
-                is untouched.
+                is untouched; or ``latest`` names a folder with weights alone.
             DataError: none is complete; the message names what is wrong with the newest.
         """
         self.wait()
@@ -162,6 +178,10 @@ class Checkpointer:
             self._warn(f"{damage}; looking for the newest complete checkpoint")
         for step in steps:
             try:
+                if not self._control.on_first(lambda step=step: native.holds_optimizer(step)):
+                    if not problems:
+                        raise ConfigError(f"{self.folder / 'latest'}: names {_weights_alone(step)}")
+                    continue
                 stored = self._load(step, state)
             except DataError as error:
                 self._warn(f"skipping a damaged checkpoint: {error}")
@@ -256,7 +276,7 @@ class Checkpointer:
         publish(target)
         self._damaged.discard(target.name)
         if self.keep_last is not None:
-            prune(self.folder, self.keep_last, self._damaged)
+            prune(self.folder, self.keep_last, self.keep_last_weights, self._damaged)
 
     # ---- loading
 
@@ -276,7 +296,7 @@ class Checkpointer:
         _check_architecture(stored, state.model, step)
         parts = _tensors(state)
         for part, tensors in parts.items():
-            self._control.on_first(lambda part=part, tensors=tensors: _check_stored(step, part, tensors))
+            self._control.on_first(lambda part=part, tensors=tensors: check_stored(step, part, tensors))
         for part, tensors in parts.items():
             read_tensors(self._control, tensors, step / part)
         state.optimizer.load_scalars(stored["optimizer"])
@@ -299,20 +319,32 @@ class Checkpointer:
     def _nothing_complete(self, tried: list[Path], problems: list[str]) -> DataError:
         problem = "; ".join(problems[:2])  # `latest` or the newest, and the next
         newer = [step for step in native.list_steps(self.folder) if step not in tried]
-        whole = next((step for step in reversed(newer) if native.is_complete(step)), None)
-        if whole is None:
+        whole = next((step for step in reversed(newer) if is_whole(step) and native.is_complete(step)), None)
+        if whole is not None:
             return DataError(
-                f"{problem}; no other complete checkpoint is in {self.folder}: restore the file, or start again in a "
-                "new run folder"
+                f"{problem}; {whole}, which the run had left behind, is complete: to resume from it, run: "
+                f"echo {whole.name} > {self.folder / 'latest'}"
             )
+        weights = [
+            step for step in (*reversed(newer), *tried) if not is_whole(step) and native.is_complete(step)
+        ]
+        if weights:
+            return DataError(f"{problem}; what is complete is {_weights_alone(weights[0])}")
         return DataError(
-            f"{problem}; {whole}, which the run had left behind, is complete: to resume from it, run: "
-            f"echo {whole.name} > {self.folder / 'latest'}"
+            f"{problem}; no other complete checkpoint is in {self.folder}: restore the file, or start again in a "
+            "new run folder"
         )
 
     def _warn(self, message: str) -> None:
         if self._control.rank == 0:
             log.warning("%s", message)
+
+
+def _weights_alone(step: Path) -> str:
+    return (
+        f"{step}, which holds weights and no optimizer state, so no run resumes from it; start a new run from it: "
+        f"--init-from {step} --run-dir NEW"
+    )
 
 
 def _tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
@@ -340,6 +372,7 @@ def _check_architecture(stored: dict, model: torch.nn.Module, step: Path) -> Non
     if shape is None or not isinstance(saved, dict):
         return
     ours = native.shape_to_dict(shape)
+    saved = native.shape_to_dict(native.shape_from_dict(saved, step / "state.json"))
     for key in sorted(ours.keys() | saved.keys()):
         if ours.get(key) != saved.get(key):
             raise ConfigError(
@@ -348,7 +381,7 @@ def _check_architecture(stored: dict, model: torch.nn.Module, step: Path) -> Non
             )
 
 
-def _check_stored(step: Path, part: str, tensors: dict[str, Tensor]) -> None:
+def check_stored(step: Path, part: str, tensors: dict[str, Tensor]) -> None:
     """Names, shapes and dtypes must agree before anything is overwritten; DataError when pieces are missing."""
     layout = read_layout(native.part_files(step, part))
     theirs, ours = {name: stored.info for name, stored in layout.items()}, _infos(tensors)

@@ -4,7 +4,7 @@ Hidden folders beside the steps, all of them cleared by the next save:
 
     .tmp_step_x        a save that did not end
     .replaced_step_x   the earlier ``step_x`` while a new one takes its name; put back if that did not happen
-    .old_step_x        pruned, perhaps deleted in part
+    .old_step_x...     pruned, or the optimizer state of a step kept for its weights; perhaps deleted in part
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from megatron_nucleus.export import native
+from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.staging import fsync_folder
 
 log = logging.getLogger(__name__)
@@ -62,18 +63,61 @@ def publish(target: Path) -> None:
     settle_replaced(folder)
 
 
-def prune(folder: Path, keep_last: int, damaged: Container[str]) -> None:
-    """Delete step folders older than the newest ``keep_last``, counted back from the one that ``latest`` names.
+def prune(folder: Path, keep_last: int, keep_last_weights: int | None, damaged: Container[str]) -> None:
+    """Keep the newest ``keep_last`` whole checkpoints, counted back from the one that ``latest`` names.
+
+    Of the step folders older than these the newest ``keep_last_weights`` (None = 0) lose their optimizer state, the
+    others are deleted.
 
     Args:
-        damaged: names of folders that do not count as kept; they go when they are older than one that does.
+        damaged: names of folders that do not count as kept; they go when they are older than a whole one that does.
     """
     branch = native.list_branch(folder)
-    whole = [step for step in branch if step.name not in damaged]
-    for step in branch[: branch.index(whole[-keep_last:][0])]:
-        hidden = step.with_name(f".old_{step.name}")  # a half-deleted folder must not look like a checkpoint
-        if _rename(step, hidden):
-            _remove(hidden)
+    usable = [step for step in branch if step.name not in damaged]
+    whole = [step for step in usable if is_whole(step)][-keep_last:]
+    if not whole:
+        return
+    older = branch[: branch.index(whole[0])]
+    for_weights = [step for step in older if step in usable][::-1][: keep_last_weights or 0]
+    for step in older:
+        if step in for_weights:
+            _drop_optimizer(step)
+        else:
+            # a half-deleted folder must not look like a checkpoint
+            _rename_and_remove(step, step.with_name(f".old_{step.name}"))
+
+
+def is_whole(step: Path) -> bool:
+    """Whether a checkpoint has optimizer state to go on from; False also where its manifest cannot be read."""
+    try:
+        return native.holds_optimizer(step)
+    except DataError:
+        return False
+
+
+def _drop_optimizer(step: Path) -> None:
+    """Leave a checkpoint its weights alone.
+
+    The manifest comes first: before and after its replacement everything that it lists is there. What a kill leaves
+    to do is done when the next save prunes.
+    """
+    try:
+        files = native.read_manifest(step)
+        kept = {name: entry for name, entry in files.items() if not name.startswith("optimizer/")}
+        for leftover in step.glob(".manifest.json.tmp*"):
+            _remove(leftover)
+        if kept != files:
+            native.write_manifest(step, kept)
+            fsync_folder(step)
+        if (step / "optimizer").exists():
+            _rename_and_remove(step / "optimizer", step.with_name(f".old_{step.name}_optimizer"))
+    except (OSError, DataError) as error:  # no reason to lose a save: the next one tries again
+        log.warning("%s: its optimizer state could not be dropped (%s)", step, error)
+
+
+def _rename_and_remove(path: Path, hidden: Path) -> None:
+    if _rename(path, hidden):
+        _remove(hidden)
 
 
 def _rename(path: Path, new: Path) -> bool:

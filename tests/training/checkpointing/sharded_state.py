@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_nucleus.core.parallel_state import ParallelState, create_groups, make_layout, single_process
+from megatron_nucleus.export import native
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.tensors import local
 
@@ -116,3 +119,11 @@ def assert_holds(state: TrainState, ps: ParallelState, step: int) -> None:
         assert torch.equal(mine, value[own_rows(ps, name)]), (name, ps.rank)
     assert (state.step, state.samples_seen, state.skipped) == (step, 16 * step, step % 3)
     assert (state.loss_average, state.optimizer.updates) == (1.0 / (step + 3), 10 * step)
+
+
+def assert_weights_stored(folder: Path, step: int) -> None:
+    """A step folder is complete by its manifest, and every weight in it is that of ``step``."""
+    native.verify(folder)
+    store, expected = native.open_tensors(folder), full_values(step)
+    assert set(store.names()) == set(SHAPES)
+    assert all(torch.equal(store.read(name), expected[name]) for name in SHAPES)

@@ -19,7 +19,14 @@ import torch.distributed as dist
 from megatron_nucleus.export import native
 from megatron_nucleus.training.checkpointing import checkpointer, shard_files, step_folders
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
-from tests.training.checkpointing.sharded_state import EXTRA, assert_holds, build, fill, grid
+from tests.training.checkpointing.sharded_state import (
+    EXTRA,
+    assert_holds,
+    assert_weights_stored,
+    build,
+    fill,
+    grid,
+)
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks_preload"])
@@ -78,7 +85,7 @@ def hidden(folder: Path) -> list[str]:
 def assert_resumes(folder: Path, values: int, step: int | None = None) -> None:
     """The newest complete checkpoint has the values of ``values``; the next save works and cleans up."""
     ps = grid()
-    state, saver = build(ps), Checkpointer(folder, keep_last=2)
+    state, saver = build(ps), Checkpointer(folder, keep_last=2, keep_last_weights=2)
     assert saver.load_latest(state) == EXTRA
     assert state.step == (values if step is None else step)
     state.step = values
@@ -95,7 +102,8 @@ def assert_resumes(folder: Path, values: int, step: int | None = None) -> None:
 def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: str, folder: Path) -> None:
     """Steps 1 and 2 are saved; the save of step 3, or of step 2 again, stops at ``stage``."""
     ps = grid()
-    state, saver = build(ps), Checkpointer(folder, keep_last=2)
+    keep_last_weights = 2 if stage.startswith("weights") else None
+    state, saver = build(ps), Checkpointer(folder, keep_last=2, keep_last_weights=keep_last_weights)
     for step in (1, 2):
         saver.save(fill(state, ps, step), EXTRA)
 
@@ -104,6 +112,7 @@ def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: 
         time.sleep(60)
 
     write, rename, renamed = checkpointer.write_tensors, os.rename, []
+    write_manifest, described = native.write_manifest, []
 
     def write_model_only(ranks, tensors, folder, target):
         return stop() if folder.name == "optimizer" else write(ranks, tensors, folder, target)
@@ -111,6 +120,10 @@ def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: 
     def rename_once(*args: Path) -> None:
         renamed.append(args)
         stop() if len(renamed) == 2 else rename(*args)
+
+    def describe_once(*args: object) -> None:
+        described.append(args)
+        stop() if len(described) == 2 else write_manifest(*args)
 
     module, name, action = {
         "shards": (checkpointer, "write_tensors", write_model_only),
@@ -122,6 +135,9 @@ def save_until(rank: int, world: int, meeting: Path, report: Connection, stage: 
         "between renames": (step_folders.os, "rename", rename_once),
         "replaced": (native, "set_latest", stop),
         "removal": (step_folders.shutil, "rmtree", stop),
+        "weights: manifest": (native, "write_manifest", describe_once),
+        "weights: files": (step_folders.os, "rename", rename_once),
+        "weights: removal": (step_folders.shutil, "rmtree", stop),
     }[stage]
     setattr(module, name, action)
     again = stage in ("between renames", "replaced", "removal")
@@ -153,6 +169,42 @@ def test_a_kill_at_any_stage_leaves_the_newest_complete_checkpoint(tmp_path):
         assert_resumes(folder, values, step)
 
 
+@pytest.mark.parametrize(
+    ("stage", "left", "whole"),
+    [
+        ("manifest", set(), True),
+        ("files", set(), False),
+        ("removal", {".old_step_00000001_optimizer"}, False),
+    ],
+)
+def test_a_kill_while_optimizer_state_is_dropped_leaves_every_checkpoint_complete(
+    tmp_path, stage, left, whole
+):
+    """Steps 1 to 3 were saved; step 1 is being cut down to its weights."""
+    folder = tmp_path / "c"
+    with Group(1, tmp_path, save_until, f"weights: {stage}", folder) as group:
+        group.wait_for_word()
+        group.kill()
+    first, *others = native.list_steps(folder)
+    assert set(hidden(folder)) == left
+    assert native.holds_optimizer(first) == whole
+    for step in (first, *others):
+        assert_weights_stored(step, native.step_number(step))
+    ps = grid()
+    state, saver = build(ps), Checkpointer(folder, keep_last=2, keep_last_weights=2)
+    assert saver.load_latest(state) == EXTRA
+    assert_holds(state, ps, 3)
+    saver.save(fill(state, ps, 4), EXTRA)  # finishes what was begun
+    assert hidden(folder) == []
+    steps = native.list_steps(folder)
+    assert [(native.step_number(step), native.holds_optimizer(step)) for step in steps] == [
+        (1, False), (2, False), (3, True), (4, True),
+    ]  # fmt: skip
+    for step in steps:
+        assert (step / "optimizer").exists() == native.holds_optimizer(step)
+        assert_weights_stored(step, native.step_number(step))
+
+
 # ---- at random moments
 
 
@@ -174,7 +226,9 @@ def save_for_ever(
         )
     ps = grid(ep=world)
     state = build(ps)
-    saver = Checkpointer(folder, keep_last=2, control=ps.control, asynchronous=asynchronous)
+    saver = Checkpointer(
+        folder, keep_last=2, keep_last_weights=2, control=ps.control, asynchronous=asynchronous
+    )
     if saver.load_latest(state) is not None:
         assert_holds(state, ps, state.step)
     slow_down(random.Random(seed))
@@ -209,8 +263,10 @@ def slowly(action: Callable, generator: random.Random) -> Callable:
 @pytest.mark.parametrize(("world", "asynchronous"), [(1, False), (1, True), (2, False), (2, True)])
 def test_kills_at_random_moments(tmp_path, world, asynchronous):
     generator = random.Random(world + 10 * asynchronous)
-    folder, interrupted = tmp_path / "c", 0
-    for round_ in range(4):
+    folder, interrupted, round_ = tmp_path / "c", 0, 0
+    while round_ < 4 or not interrupted:  # until a kill did what it is for
+        round_ += 1
+        assert round_ < 20
         with Group(world, tmp_path, save_for_ever, folder, asynchronous, round_) as group:
             words = [group.wait_for_word() for _ in range(3)]
             time.sleep(generator.uniform(0.0, 0.2))
@@ -221,7 +277,8 @@ def test_kills_at_random_moments(tmp_path, world, asynchronous):
         Checkpointer(folder).load_latest(state)
         assert state.step >= known > 0
         assert_holds(state, grid(), state.step)
-    assert interrupted > 0  # or the kills missed what they are for
+        for step in native.list_steps(folder):
+            assert_weights_stored(step, native.step_number(step))
     assert_resumes(folder, state.step)
 
 
