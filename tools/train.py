@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     from megatron_nucleus.training.training import train
 
-    result = train(run)
+    with args.origins.named():
+        result = train(run)
     if rank == 0:
         state = result.state
         print(f"{run.training.run_dir}: {state.step} steps, {state.samples_seen} samples, loss {result.loss}")

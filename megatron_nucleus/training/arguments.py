@@ -13,10 +13,12 @@ from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
 from megatron_nucleus.core.optimizer.schedule import ScheduleConfig
 from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.data.curriculum import CurriculumConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.training.losses import LossConfig
+from megatron_nucleus.training.validation import ValidationConfig
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
@@ -48,6 +50,18 @@ class TrainingConfig:
         None, "save and stop (exit code 4) after this long", unit="minutes"
     )
     async_save: bool = knob(False, "write checkpoints beside the training, from a copy in host memory")
+    init_from: Path | None = knob(
+        None,
+        "checkpoint whose weights a new run starts from: a run (its newest), step, merged or diffusers folder",
+    )
+    init_optimizer: bool = knob(False, "start from the optimizer state of --init-from, too")
+    keep_last_weights: int | None = knob(
+        None,
+        "of checkpoints beyond --keep-last-checkpoints keep so many with their weights alone, for merging",
+    )
+    routing_interval: int = knob(
+        0, "log routing figures and histograms every so many steps; 0 = never", unit="steps"
+    )
     max_skipped_in_a_row: int = knob(10, "stop after so many skipped steps in a row", unit="steps")
     loss_spike_factor: float | None = knob(
         20.0, "skip a step in which a rank's loss exceeds the running mean by this factor; none = never"
@@ -64,9 +78,11 @@ class RunConfig:
     training: TrainingConfig
     model: ModelConfig
     data: DataConfig
+    curriculum: CurriculumConfig
     encoders: EncoderConfig
     flow: FlowConfig
     losses: LossConfig
+    validation: ValidationConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     sampling: SamplerConfig
@@ -98,6 +114,8 @@ def parse_run(
 ) -> tuple[RunConfig, argparse.Namespace]:
     """Add every section's flags to ``parser``, parse, merge with ``--config`` and check.
 
+    The namespace gets ``origins``, which file gave which value, for the messages of later checks.
+
     Raises:
         ConfigError: see `utils.config.load` and `check`.
     """
@@ -106,8 +124,9 @@ def parse_run(
     )
     cfg.add_arguments(parser, RunConfig)
     args = parser.parse_args(argv)
-    run = cfg.load(RunConfig, args, args.config)
-    check(run)
+    run, args.origins = cfg.load_named(RunConfig, args, args.config)
+    with args.origins.named():
+        check(run)
     return run, args
 
 
@@ -120,7 +139,7 @@ def check(run: RunConfig) -> None:
     t = run.training
     for name in ("train_steps", "global_batch_size", "log_interval", "max_skipped_in_a_row"):
         _at_least(name, getattr(t, name), 1)
-    for name in ("save_interval", "sample_interval"):
+    for name in ("save_interval", "sample_interval", "routing_interval"):
         _at_least(name, getattr(t, name), 0)
     if t.micro_batch_size is not None:
         _at_least("micro_batch_size", t.micro_batch_size, 1)
@@ -134,12 +153,21 @@ def check(run: RunConfig) -> None:
         _at_least("cpu_threads", t.cpu_threads, 1)
     if t.keep_last_checkpoints is not None:
         _at_least("keep_last_checkpoints", t.keep_last_checkpoints, 1)
+    if t.keep_last_weights is not None:
+        _at_least("keep_last_weights", t.keep_last_weights, 1)
+        if t.keep_last_checkpoints is None:
+            raise ConfigError(
+                f"--keep-last-weights {t.keep_last_weights}: is for checkpoints older than --keep-last-checkpoints N; "
+                "give N as well"
+            )
+    if t.init_optimizer and t.init_from is None:
+        raise ConfigError(
+            "--init-optimizer: needs --init-from, the checkpoint whose optimizer state it takes"
+        )
     if t.sample_interval and not t.sample_prompts:
         raise ConfigError(
             "--sample-interval needs --sample-prompts (or training.sample_prompts in the config file)"
         )
-    if run.losses.moe_z_loss_coeff < 0:
-        raise ConfigError(f"--moe-z-loss-coeff {run.losses.moe_z_loss_coeff}: must not be negative")
     if not 0 <= run.flow.sigma_uniform_frac <= 1:
         raise ConfigError(f"--sigma-uniform-frac {run.flow.sigma_uniform_frac}: must lie in [0, 1]")
     if run.flow.sigma_std <= 0:

@@ -24,7 +24,7 @@ from megatron_nucleus.data.encoders import (
     build_text_encoder,
     same_encoder,
 )
-from megatron_nucleus.data.loader import build_loader
+from megatron_nucleus.data.samples import load_samples
 from megatron_nucleus.training.arguments import RunConfig, batch_split
 from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import ConfigError
@@ -201,10 +201,6 @@ def _completed(configured: dict, stored: dict) -> dict:
 
 
 def _stored_widths(run: RunConfig, corpus: Corpus) -> tuple[int, int]:
-    """(latent channels, text width) of stored features, from one sample, read as training reads it."""
-    config = dataclasses.replace(run.data, num_workers=0)
-    with build_loader(
-        config, corpus, seed=run.training.seed, global_batch_size=1, micro_batch_size=1
-    ) as loader:
-        raw = next(loader)
+    """(latent channels, text width) of stored features, from one sample."""
+    raw = load_samples(corpus, [0], [0], run.data.resolution_px)
     return raw.latents_BCHW.shape[1], raw.text.features_BLU.shape[2]

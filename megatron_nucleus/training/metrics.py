@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row and flush it. NaN and infinities become null and are left out of TensorBoard.
 
+        Values may be mappings of names to values; in TensorBoard these are curves of one group.
+
         Raises:
             ValueError: a key of `KEYS` is missing.
         """
@@ -83,9 +86,25 @@ class MetricsWriter:
         self._file.write(json.dumps(plain, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
         if self._board is not None:
-            for key, value in plain.items():
-                if key not in ("step", "timestamp") and isinstance(value, (int, float)):
-                    self._board.add_scalar(f"train/{key}", value, plain["step"])
+            for tag, value in _scalars(plain):
+                self._board.add_scalar(tag, value, plain["step"])
+
+    def histogram(self, tag: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Show counts of len(counts) bins between len(counts) + 1 edges in TensorBoard."""
+        if self._board is None or not sum(counts):
+            return
+        values, middles = np.asarray(counts, float), (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
+        self._board.add_histogram_raw(
+            tag,
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=int(values.sum()),
+            sum=float((values * middles).sum()),
+            sum_squares=float((values * middles**2).sum()),
+            bucket_limits=[float(edge) for edge in edges[1:]],
+            bucket_counts=values.tolist(),
+            global_step=step,
+        )
 
     def image(self, tag: str, picture: Any, step: int) -> None:
         """Show a picture in TensorBoard: a PIL image or a uint8 array [height, width, 3]."""
@@ -97,6 +116,23 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(tag, value) of every number of a row: ``train/loss``, ``validation/loss_by_sigma/0.0625``."""
+    for key, value in row.items():
+        group, _, rest = key.partition("_")
+        tag = f"validation/{rest}" if group == "valid" else f"train/{key}"
+        if key not in ("step", "timestamp"):
+            yield from _numbers(tag, value)
+
+
+def _numbers(tag: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(f"{tag}/{name}", inner)
+    elif isinstance(value, (int, float)):
+        yield tag, value
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -153,7 +189,9 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as Python numbers (0-d tensors and arrays included), non-finite ones as None."""
+    """Numbers as Python numbers (0-d tensors and arrays included), non-finite ones as None, also in mappings."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from megatron_nucleus.evaluation.allocation import allocation_example
+from megatron_nucleus.evaluation.allocation import allocation_example, moe_layers
 from megatron_nucleus.evaluation.report_figures import allocation_figure
 from megatron_nucleus.inference.grid import contact_sheet
 from megatron_nucleus.inference.pipeline import Pipeline
@@ -47,11 +47,10 @@ def draw_previews(
 
 def draw_routing_map(pipeline: Pipeline, prompt: str) -> Image.Image | None:
     """How many experts took each token of one picture, by layer and noise level; None without MoE layers."""
-    shape = pipeline.model.shape
-    if not any(shape.is_moe(layer) for layer in range(shape.num_layers)):
+    if not moe_layers(pipeline.model.shape):
         return None
     with _evaluating(pipeline.model):
-        figure = allocation_figure(allocation_example(pipeline, prompt))
+        figure = allocation_figure(*allocation_example(pipeline, prompt).figure())
     return Image.open(io.BytesIO(figure)).convert("RGB")
 
 

@@ -24,7 +24,13 @@ log = logging.getLogger(__name__)
 
 # What may not change within a run: everything that would make "the same run" a different one.
 # (section, key) pairs; a changed value needs a new --run-dir.
-FROZEN_KEYS = (("training", "seed"), ("data", "resolution_px"))
+FROZEN_KEYS = (
+    ("training", "seed"),
+    ("training", "init_from"),
+    ("training", "init_optimizer"),
+    ("data", "resolution_px"),
+    ("data", "bucket_batch_multiple"),
+)
 FROZEN_SECTIONS = ("model", "encoders", "flow")
 MOVABLE_KEYS = (("encoders", "codec_path"), ("encoders", "text_encoder_path"))  # a model folder may move
 
@@ -80,9 +86,22 @@ def log_to_folder(run: RunConfig, parallel: ParallelState) -> Iterator[None]:
         handler.close()
 
 
-def save_config(run: RunConfig) -> None:
-    """Write the resolved configuration, commit and versions; ConfigError when the folder cannot be written."""
-    document = {"config": cfg.to_dict(run), "git_commit": git_commit(), "versions": versions()}
+def save_config(run: RunConfig, manifest_hash: str, started_from: dict | None) -> None:
+    """Write what a run's figures depend on: the resolved configuration (its seed among it), commit, versions, data.
+
+    Args:
+        manifest_hash: hex sha256 of the data set's manifest. started_from: see `warm_start.start_from`.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    document = {
+        "config": cfg.to_dict(run),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "data_manifest_sha256": manifest_hash,
+        "started_from": started_from,
+    }
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     try:
         write_atomic(run.training.run_dir / "config.yaml", text)

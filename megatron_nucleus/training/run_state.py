@@ -7,6 +7,7 @@ import logging
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.data.dataset import Corpus
+from megatron_nucleus.data.planner import PLAN_VERSION
 from megatron_nucleus.inference.pipeline import check_size
 from megatron_nucleus.inference.sampler import SamplerConfig, check_sampler
 from megatron_nucleus.training.arguments import RunConfig
@@ -47,14 +48,18 @@ def checkpoint_extra(run: RunConfig, shape: ModelShape, encoders: Encoders, corp
         "codec": encoders.codec_spec,
         "text_encoder": encoders.text_spec,
         "sampling": dataclasses.asdict(sampling_settings(run)),
-        "data": {"manifest_hash": corpus.manifest_hash},
+        "data": {
+            "manifest_hash": corpus.manifest_hash,
+            "held_out_samples": len(corpus.held_out),
+            "plan_version": PLAN_VERSION,
+        },
         "git_commit": git_commit(),
         "versions": versions(),
     }
 
 
-def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corpus) -> None:
-    """Fill ``state`` from the newest checkpoint, if there is one.
+def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corpus) -> dict | None:
+    """Fill ``state`` from the newest checkpoint; its other entries of ``state.json``, None if there is none yet.
 
     Raises:
         ConfigError: the checkpoint was trained on other data, or lies beyond ``train_steps``.
@@ -62,12 +67,24 @@ def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corp
     """
     extra = saver.load_latest(state)
     if extra is None:
-        return
+        return None
     before = extra["data"]["manifest_hash"]
     if before != corpus.manifest_hash:
         raise ConfigError(
             f"--data-path {run.data.data_path}: manifest {corpus.manifest_hash[:12]} is not the one this run was "
             f"trained on ({before[:12]}), so its sample order would change; use that data or a new --run-dir"
+        )
+    if (version := extra["data"].get("plan_version")) != PLAN_VERSION:
+        raise ConfigError(
+            f"--run-dir {run.training.run_dir}: its samples were drawn by plan version {version}, this program draws "
+            f"by version {PLAN_VERSION}; finish it with the version it began with, or start a new --run-dir with "
+            "--init-from"
+        )
+    held_out = extra["data"].get("held_out_samples", 0)
+    if held_out != len(corpus.held_out):
+        raise ConfigError(
+            f"--valid-samples {len(corpus.held_out)}: this run holds out {held_out} images, so its sample order "
+            f"would change; use {held_out} or a new --run-dir"
         )
     if state.step > run.training.train_steps:
         raise ConfigError(
@@ -75,3 +92,4 @@ def restore(state: TrainState, saver: Checkpointer, run: RunConfig, corpus: Corp
             f"{state.step}; give at least {state.step}, or another --run-dir"
         )
     log.info("resumed at step %d (%d samples seen)", state.step, state.samples_seen)
+    return extra

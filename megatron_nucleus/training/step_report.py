@@ -22,12 +22,13 @@ class StepLosses(NamedTuple):
     loss: Tensor
     flow_loss: Tensor
     router_z_loss: Tensor
+    wavelet_loss: Tensor
 
 
 class StepReport(NamedTuple):
     """One step of all ranks.
 
-    loss, flow_loss, router_z_loss: means over the global batch. grad_norm: global, before clipping.
+    loss and its parts: means over the global batch. grad_norm: global, before clipping.
     losses: every rank's loss. square_sums: every rank's part of the squared gradient norm.
     stopping: ranks that were asked to stop.
     """
@@ -35,6 +36,7 @@ class StepReport(NamedTuple):
     loss: float
     flow_loss: float
     router_z_loss: float
+    wavelet_loss: float
     grad_norm: float
     losses: tuple[float, ...]
     square_sums: tuple[float, ...]
@@ -49,15 +51,15 @@ def share_step(
     Args:
         square_sum: fp64 scalar, this rank's part of the squared gradient norm (`optimizer/clip.py`).
         stop: whether this rank was asked to stop.
-        group: all ranks; None for a single process. Bytes: 40 to every other rank.
+        group: all ranks; None for a single process. Bytes: 48 to every other rank.
     """
     device = square_sum.device
     values = [x.to(device=device, dtype=torch.float64) for x in (square_sum, *losses)]
     row = torch.stack([*values, torch.tensor(float(stop), dtype=torch.float64, device=device)])
     columns = list(zip(*gather_rows(row, group).tolist(), strict=True))
-    square_sums, total, flow, z, stops = columns
-    means = [sum(column) / len(column) for column in (total, flow, z)]
+    square_sums, *parts, stops = columns
+    means = [sum(column) / len(column) for column in parts]
     norm_square = sum(square_sums)
     grad_norm = math.sqrt(norm_square) if math.isfinite(norm_square) else norm_square
     stopping = tuple(rank for rank, flag in enumerate(stops) if flag)
-    return StepReport(*means, grad_norm, total, square_sums, stopping)
+    return StepReport(*means, grad_norm, parts[0], square_sums, stopping)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_nucleus.core import flow
 from megatron_nucleus.core.collectives import on_first_rank
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.optimizer.clip import local_square_sum, scale_gradients
@@ -31,6 +30,7 @@ from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig, batch_split
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
+from megatron_nucleus.training.diagnostics import Diagnostics
 from megatron_nucleus.training.faults import SkipRule, StopRequest
 from megatron_nucleus.training.initialize import (
     Encoders,
@@ -38,7 +38,7 @@ from megatron_nucleus.training.initialize import (
     build_model,
     initialize,
 )
-from megatron_nucleus.training.losses import flow_loss, router_z_loss
+from megatron_nucleus.training.losses import check_losses
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
 from megatron_nucleus.training.previews import check_previews, draw_previews, draw_routing_map
 from megatron_nucleus.training.run_folder import log_to_folder, open_run_folder, save_config
@@ -48,10 +48,14 @@ from megatron_nucleus.training.run_state import (
     restore,
     sampling_settings,
 )
+from megatron_nucleus.training.stage_checks import check_tokens
+from megatron_nucleus.training.step import forward_backward
 from megatron_nucleus.training.step_report import StepLosses, StepReport, share_step
 from megatron_nucleus.training.timers import PartTimer, StepTimer
+from megatron_nucleus.training.validation import Validator
+from megatron_nucleus.training.warm_start import start_from
 from megatron_nucleus.training.watchdog.watchdog import Watchdog, watch_ranks
-from megatron_nucleus.types import Batch, TrainState
+from megatron_nucleus.types import Batch, RawBatch, TrainState
 from megatron_nucleus.utils.errors import StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes
 
@@ -85,25 +89,33 @@ def train(run: RunConfig) -> TrainResult:
         open_run_folder(run, parallel),
     ):
         watch.at(0, "start-up", LONG_PHASE_S)
-        corpus = open_corpus(run.data.data_path)
+        corpus = open_corpus(run.data.data_path, run.validation.valid_samples)
         encoders = build_encoders(run, corpus, parallel.device)
         model = build_model(run, parallel, encoders)
+        check_losses(run.losses, model.shape.patch_size)
+        if encoders.stride_px is not None:
+            check_tokens(run, model.shape, corpus, encoders.stride_px * model.shape.patch_size)
         pipeline = build_previews(run, model, encoders)
         state = TrainState(model, build_optimizer(model, run.optimizer))
         with Checkpointer(
             run.training.run_dir / "checkpoints",
             keep_last=run.training.keep_last_checkpoints,
+            keep_last_weights=run.training.keep_last_weights,
             control=parallel.control,
             asynchronous=run.training.async_save,
         ) as saver:
-            restore(state, saver, run, corpus)
-            on_first_rank(lambda: save_config(run), parallel.control)
+            stored = restore(state, saver, run, corpus)
+            if stored is None and run.training.init_from is not None:
+                started_from = start_from(state, run, encoders, parallel)
+            else:
+                started_from = (stored or {}).get("started_from")
+            on_first_rank(lambda: save_config(run, corpus.manifest_hash, started_from), parallel.control)
             if state.step == run.training.train_steps:
                 return TrainResult(state, _recorded_loss(run, state, parallel))
             extractor = FeatureExtractor(
                 encoders.codec, encoders.text_encoder, model.shape.patch_size, parallel.device
             )
-            extra = checkpoint_extra(run, model.shape, encoders, corpus)
+            extra = checkpoint_extra(run, model.shape, encoders, corpus) | {"started_from": started_from}
             with log_to_folder(run, parallel), _open_metrics(run, state, parallel) as writer:
                 loop = Loop(run, state, saver, extractor, pipeline, writer, extra, parallel, watch)
                 return TrainResult(state, loop.run_to_end(corpus))
@@ -155,6 +167,9 @@ class Loop:
         self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
         self.skips = SkipRule(t.max_skipped_in_a_row, t.loss_spike_factor)
         self.optimizer_timer = PartTimer(parallel.device)
+        self.diagnostics = Diagnostics(
+            state.model.shape, parallel.device, t.routing_interval, parallel.control
+        )
         dtype = torch.bfloat16 if t.bf16 else torch.float32
         table_peak = flops.device_peak_flops(parallel.device, dtype)
         self.peak_flops = t.peak_tflops * 1e12 if t.peak_tflops else table_peak
@@ -167,19 +182,25 @@ class Loop:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
             disable=self.parallel.rank != 0,
         )  # fmt: skip
+        validator = self.build_validator(corpus)
         with StopRequest(t.exit_duration_in_mins) as stop, bar, self.open_loader(corpus) as loader:
             timer = StepTimer()
             while state.step < t.train_steps:
-                lr = self.schedule(state.samples_seen)
-                report, batch, step_flops = self.train_step(loader, lr, stop)
-                timer.add(t.global_batch_size, step_flops)
+                lr, before = self.schedule(state.samples_seen), state.samples_seen
+                report, raw, step_flops = self.train_step(loader, lr, stop)
+                timer.add(raw.step_samples, step_flops)
                 bar.update()
-                if due(state.step, t.log_interval) or state.step == t.train_steps:
-                    self.log(report, batch, lr, timer, loader, bar)
-                if due(state.step, t.save_interval) or report.stopping or state.step == t.train_steps:
+                last = state.step == t.train_steps
+                validation = {}
+                if validator and (last or self.run.validation.due(before, state.samples_seen)):
+                    self.watch.at(state.step, "validation", LONG_PHASE_S)
+                    validation = validator.run(state.model)
+                if validation or last or due(state.step, t.log_interval):
+                    self.log(report, raw, lr, timer, loader, bar, validation)
+                if due(state.step, t.save_interval) or report.stopping or last:
                     self.watch.at(state.step, "checkpoint", LONG_PHASE_S)
                     self.saver.save(state, self.extra)
-                if report.stopping and state.step < t.train_steps:
+                if report.stopping and not last:
                     self.saver.wait()
                     raise StoppedError(
                         f"{self.why_stopping(stop, report)}: saved step {state.step}; the same command resumes it"
@@ -197,30 +218,48 @@ class Loop:
 
     def open_loader(self, corpus: Corpus) -> Loader:
         """This rank's micro-batches from the first sample that has not been seen."""
-        t, codec = self.run.training, self.extractor.codec
+        t = self.run.training
         return build_loader(
             self.run.data,
             corpus,
+            curriculum=self.run.curriculum,
             seed=t.seed,
             global_batch_size=t.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            accumulation=self.accumulation,
             rank=self.parallel.rank,
             world=self.parallel.world,
             start_samples=self.state.samples_seen,
-            multiple_px=codec.stride_px * self.extractor.patch_size if codec else 1,  # 1: stored at its size
+            multiple_px=self.extractor.multiple_px,
         )
 
-    def train_step(self, loader: Loader, lr: float, stop: StopRequest) -> tuple[StepReport, Batch, int]:
+    def build_validator(self, corpus: Corpus) -> Validator | None:
+        """What computes the loss on held-out images; None where none are held out."""
+        run, parallel = self.run, self.parallel
+        if not run.validation.valid_samples:
+            return None
+        return Validator(
+            run.validation,
+            corpus,
+            self.extractor,
+            resolution_px=run.data.resolution_px,
+            bf16=run.training.bf16,
+            rank=parallel.rank,
+            world=parallel.world,
+            control=parallel.control,
+        )
+
+    def train_step(self, loader: Loader, lr: float, stop: StopRequest) -> tuple[StepReport, RawBatch, int]:
         """One optimizer step: `accumulation` micro-batches, one agreement of all ranks, one update or none."""
         state, run = self.state, self.run
         state.model.train()
         state.optimizer.zero_grad()
+        self.diagnostics.begin_step(state.step + 1)
         total, step_flops = None, 0
         for number in range(self.accumulation):
             self.watch.at(state.step + 1, "waiting for data")
-            batch = self.extractor.extract(next(loader))
-            last = number == self.accumulation - 1
-            losses = self.forward_backward(batch, last)
+            raw = next(loader)
+            batch = self.extractor.extract(raw)
+            losses = self.forward_backward(batch, last=number == self.accumulation - 1)
             total = losses if total is None else StepLosses(*map(torch.add, total, losses))
             tokens, text_tokens = batch.latents_BSP.shape[1], batch.text.features_BLU.shape[1]
             step_flops += len(batch.draws) * flops.training_flops_per_image(
@@ -238,29 +277,38 @@ class Loop:
                 scale_gradients(params, norm, run.optimizer.clip_grad)
                 state.optimizer.step(lr)
         state.step += 1
-        state.samples_seen += run.training.global_batch_size
+        state.samples_seen += raw.step_samples
         state.skipped += not applies
-        return report, batch, step_flops
+        return report, raw, step_flops
 
     def forward_backward(self, batch: Batch, last: bool) -> StepLosses:
         """One micro-batch; copies of weights on other ranks learn of its gradient with the last one only."""
-        model = self.state.model
-        if self.parallel.world > 1:
+        model, world = self.state.model, self.parallel.world
+        if world > 1:
             model.set_requires_all_reduce(last)
         self.watch.at(self.state.step + 1, "forward and backward")
-        return forward_backward(model, batch, self.run, 1.0 / self.accumulation, self.parallel.world)
+        share = 1.0 / self.accumulation
+        return forward_backward(model, batch, self.run, share, world, self.diagnostics.observe)
 
     def log(
-        self, report: StepReport, batch: Batch, lr: float, timer: StepTimer, loader: Loader, bar: tqdm
+        self,
+        report: StepReport,
+        raw: RawBatch,
+        lr: float,
+        timer: StepTimer,
+        loader: Loader,
+        bar: tqdm,
+        validation: dict,
     ) -> None:
-        """One row of metrics.jsonl and TensorBoard, and the progress bar's figures."""
-        pace = timer.take()
+        """One row of metrics.jsonl and TensorBoard, and the progress bar's figures. Every rank calls it."""
+        pace, orthogonality = timer.take(), self.state.optimizer.orthogonality
         row = {
             "step": self.state.step,
             "samples_seen": self.state.samples_seen,
             "loss": report.loss,
             "flow_loss": report.flow_loss,
             "router_z_loss": report.router_z_loss,
+            "wavelet_loss": report.wavelet_loss,
             "grad_norm": report.grad_norm,
             "lr": lr,
             "step_s": pace.step_s,
@@ -268,17 +316,25 @@ class Loop:
             "model_tflops_per_device": pace.flops_per_s / 1e12,
             "mfu": pace.flops_per_s / self.peak_flops if self.peak_flops else None,
             "skipped": self.state.skipped,
-            "bucket": batch.bucket,
+            "bucket": raw.bucket,
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
             "timestamp": time.time(),
             "substituted": loader.substituted,
+            "mixture": loader.take_mixture(),
             "optimizer_s": self.optimizer_timer.take(),
             "muon_bytes": sum(self.state.optimizer.muon.traffic().values()),
+            "router_bytes": orthogonality.traffic() if orthogonality else 0,
             "all_to_all_bytes": expert_bytes_exchanged(self.state.model) // pace.steps,
+            **self.diagnostics.row(),
+            **validation,
         }
         if self.writer is not None:
             self.writer.write(row)
-        bar.set_postfix_str(refresh=False, s=f"loss {row['loss']:.4f}, {pace.samples_per_s:.0f} images/s")
+            self.diagnostics.histograms(self.writer, self.state.step)
+        told = f", validation {row['valid_loss']:.4f}" if validation else ""
+        bar.set_postfix_str(
+            refresh=False, s=f"loss {row['loss']:.4f}{told}, {pace.samples_per_s:.0f} images/s"
+        )
 
     def preview(self) -> None:
         """Draw the preview prompts with the weights as they are, and where the experts look in the first picture.
@@ -294,28 +350,6 @@ class Loop:
             self.writer.image("samples", sheet, self.state.step)
             if routing is not None:
                 self.writer.image("routing", routing, self.state.step)
-
-
-def forward_backward(
-    model: NucleusTransformer, batch: Batch, run: RunConfig, share: float, world: int = 1
-) -> StepLosses:
-    """Add one micro-batch's gradient; returns its losses times ``share``, its part of this rank's images of a step.
-
-    Gradients are summed over the ranks, so the loss is divided by ``world`` before. Noise and noise level of a
-    sample depend on (seed, draw) alone.
-    """
-    clean_BSP = batch.latents_BSP
-    seed, device = run.training.seed, clean_BSP.device
-    noise_BSP = flow.sample_noise(seed, batch.draws, tuple(clean_BSP.shape[1:])).to(device, non_blocking=True)
-    sigma_B = flow.sample_sigma(run.flow, seed, batch.draws, clean_BSP.shape[1]).to(device, non_blocking=True)
-    with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
-        noisy_BSP = flow.add_noise(clean_BSP, noise_BSP, sigma_B)
-        velocity_BSP, routings = model(noisy_BSP, sigma_B, batch.text, batch.grid, return_routing=True)
-    flow_part = flow_loss(velocity_BSP, flow.velocity_target(clean_BSP, noise_BSP))
-    z_part = router_z_loss(routings)
-    loss = flow_part + run.losses.moe_z_loss_coeff * z_part
-    (loss * (share / world)).backward()
-    return StepLosses(*(share * x.detach() for x in (loss, flow_part, z_part)))
 
 
 def due(step: int, interval: int) -> bool:

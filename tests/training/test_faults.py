@@ -139,16 +139,16 @@ def train_with_bad_loss(config_file: Path, run_dir: Path, bad: dict[int, float],
     """As `train_rank`, with rank 1's loss of step s multiplied by ``bad[s]``, gradients and all."""
     import torch.distributed as dist
 
-    from megatron_nucleus.training import training
+    from megatron_nucleus.training import step
 
-    original, step = training.flow_loss, [0]
+    original, taken = step.flow_loss_per_image, [0]
 
     def broken(velocity, target):
-        step[0] += 1
-        factor = bad.get(step[0], 1.0) if dist.get_rank() == 1 else 1.0
+        taken[0] += 1
+        factor = bad.get(taken[0], 1.0) if dist.get_rank() == 1 else 1.0
         return original(velocity, target) * factor
 
-    training.flow_loss = broken
+    step.flow_loss_per_image = broken
     return train_rank(config_file, run_dir, *flags)
 
 
@@ -198,6 +198,6 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(config_f
 def test_a_step_report_names_every_rank():
     import torch
 
-    losses = step_report.StepLosses(*(torch.tensor(x) for x in (2.0, 1.5, 0.5)))
+    losses = step_report.StepLosses(*(torch.tensor(x) for x in (2.0, 1.5, 0.5, 0.25)))
     report = step_report.share_step(losses, torch.tensor(9.0, dtype=torch.float64), True, None)
-    assert report == step_report.StepReport(2.0, 1.5, 0.5, 3.0, (2.0,), (9.0,), (0,))
+    assert report == step_report.StepReport(2.0, 1.5, 0.5, 0.25, 3.0, (2.0,), (9.0,), (0,))

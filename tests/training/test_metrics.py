@@ -123,3 +123,35 @@ def test_tensorboard_has_the_same_curve_over_a_resume(tmp_path):
     (image,) = board.Images("samples")
     assert (image.width, image.height, image.step) == (5, 3, 30)
     assert "train/mfu" not in board.Tags()["scalars"]
+
+
+def events(folder) -> EventAccumulator:
+    board = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0, "histograms": 0})
+    board.Reload()
+    return board
+
+
+def test_mappings_become_groups_of_curves(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        curves = {"flow_loss_by_sigma": {"0.0-0.1": 0.25, "0.1-0.2": None, "0.2-0.3": math.nan}}
+        writer.write(row(3, **curves, valid_loss=0.5, valid_loss_by_tier={"A1": 0.75}))
+    (stored,) = read_metrics(tmp_path / FILE_NAME)
+    assert stored["flow_loss_by_sigma"] == {"0.0-0.1": 0.25, "0.1-0.2": None, "0.2-0.3": None}
+    board = events(tmp_path)
+    tags = {t for t in board.Tags()["scalars"] if "sigma" in t or t.startswith("validation")}
+    assert tags == {"train/flow_loss_by_sigma/0.0-0.1", "validation/loss", "validation/loss_by_tier/A1"}
+    (event,) = board.Scalars("validation/loss_by_tier/A1")
+    assert (event.step, event.value) == (3, 0.75)
+
+
+def test_a_histogram_keeps_counts_and_edges(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.histogram("routing/x", [1, 0, 3], [-0.5, 0.5, 1.5, 2.5], 7)
+        writer.histogram("routing/empty", [0, 0], [0, 1, 2], 7)
+    board = events(tmp_path)
+    assert board.Tags()["histograms"] == ["routing/x"]
+    (event,) = board.Histograms("routing/x")
+    value = event.histogram_value
+    assert (event.step, value.num, value.sum, value.min, value.max) == (7, 4.0, 6.0, -0.5, 2.5)
+    filled = [(limit, n) for limit, n in zip(value.bucket_limit, value.bucket, strict=True) if n]
+    assert filled == [(0.5, 1.0), (2.5, 3.0)]

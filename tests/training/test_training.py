@@ -114,9 +114,9 @@ def test_time_limit_stops_with_a_checkpoint(config_file, tmp_path):
 def test_steps_without_a_finite_gradient_are_skipped_and_finally_stop_the_run(
     config_file, tmp_path, monkeypatch
 ):
-    from megatron_nucleus.training import training
+    from megatron_nucleus.training import step
 
-    good = training.flow_loss
+    good = step.flow_loss_per_image
     calls = {"n": 0}
 
     def poisoned(velocity, target):
@@ -124,7 +124,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_finally_stop_the_run(
         loss = good(velocity, target)
         return loss * math.nan if calls["n"] in (2, 3) or calls["n"] > 5 else loss
 
-    monkeypatch.setattr(training, "flow_loss", poisoned)
+    monkeypatch.setattr(step, "flow_loss_per_image", poisoned)
     result = run_here(config_file, tmp_path / "run", "--train-steps", 4, "--save-interval", 1)
     assert result.state.skipped == 2
     assert_identical(
@@ -217,9 +217,12 @@ def test_the_largest_seeds_train(config_file, tmp_path, seed):
 
 
 def test_a_last_loss_that_is_not_finite_is_null(config_file, tmp_path, monkeypatch, capsys):
-    from megatron_nucleus.training import training
+    from megatron_nucleus.training import step
 
-    monkeypatch.setattr(training, "flow_loss", lambda velocity, target: velocity.sum() * math.nan)
+    def bad(velocity, target):
+        return velocity.sum((1, 2)) * math.nan
+
+    monkeypatch.setattr(step, "flow_loss_per_image", bad)
     flags = ["--config", str(config_file), "--run-dir", str(tmp_path / "run"), "--train-steps", "1", "--json"]
     runpy.run_path(str(ROOT / "tools" / "train.py"))["main"](flags)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
