@@ -15,10 +15,12 @@ import yaml
 import megatron_nucleus
 from megatron_nucleus.core.collectives import on_first_rank
 from megatron_nucleus.core.parallel_state import ParallelState
+from megatron_nucleus.data.bucket_report import bucket_report, format_report
+from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import exclusive, write_atomic
+from megatron_nucleus.utils.files import exclusive, write_atomic, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +109,22 @@ def save_config(run: RunConfig, manifest_hash: str, started_from: dict | None) -
         write_atomic(run.training.run_dir / "config.yaml", text)
     except OSError as error:
         raise _not_writable(run.training.run_dir, error) from error
+
+
+def save_bucket_report(run: RunConfig, corpus: Corpus, multiple_px: int) -> None:
+    """Write ``buckets.json`` and log its table: image sizes, batches, and how much of the images is cropped.
+
+    Reads the whole index, so it is done once: when the run starts.
+
+    Args:
+        multiple_px: codec stride x patch size.
+    """
+    rows = bucket_report(corpus, run.data, multiple_px, run.training.global_batch_size)
+    try:
+        write_json_atomic(run.training.run_dir / "buckets.json", rows)
+    except OSError as error:
+        raise _not_writable(run.training.run_dir, error) from error
+    log.info("how the images fit their buckets:\n%s", format_report(rows))
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:

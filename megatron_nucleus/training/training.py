@@ -41,7 +41,12 @@ from megatron_nucleus.training.initialize import (
 from megatron_nucleus.training.losses import check_losses
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
 from megatron_nucleus.training.previews import check_previews, draw_previews, draw_routing_map
-from megatron_nucleus.training.run_folder import log_to_folder, open_run_folder, save_config
+from megatron_nucleus.training.run_folder import (
+    log_to_folder,
+    open_run_folder,
+    save_bucket_report,
+    save_config,
+)
 from megatron_nucleus.training.run_state import (
     check_sampling,
     checkpoint_extra,
@@ -104,11 +109,7 @@ def train(run: RunConfig) -> TrainResult:
             control=parallel.control,
             asynchronous=run.training.async_save,
         ) as saver:
-            stored = restore(state, saver, run, corpus)
-            if stored is None and run.training.init_from is not None:
-                started_from = start_from(state, run, encoders, parallel)
-            else:
-                started_from = (stored or {}).get("started_from")
+            started_from = _begin(state, saver, run, corpus, encoders, parallel)
             on_first_rank(lambda: save_config(run, corpus.manifest_hash, started_from), parallel.control)
             if state.step == run.training.train_steps:
                 return TrainResult(state, _recorded_loss(run, state, parallel))
@@ -117,8 +118,27 @@ def train(run: RunConfig) -> TrainResult:
             )
             extra = checkpoint_extra(run, model.shape, encoders, corpus) | {"started_from": started_from}
             with log_to_folder(run, parallel), _open_metrics(run, state, parallel) as writer:
+                if state.step == 0:
+                    on_first_rank(
+                        lambda: save_bucket_report(run, corpus, extractor.multiple_px), parallel.control
+                    )
                 loop = Loop(run, state, saver, extractor, pipeline, writer, extra, parallel, watch)
                 return TrainResult(state, loop.run_to_end(corpus))
+
+
+def _begin(
+    state: TrainState,
+    saver: Checkpointer,
+    run: RunConfig,
+    corpus: Corpus,
+    encoders: Encoders,
+    parallel: ParallelState,
+) -> dict | None:
+    """Resume, or start, from an earlier run's weights where they are asked for; returns ``started_from``."""
+    stored = restore(state, saver, run, corpus)
+    if stored is not None:
+        return stored.get("started_from")
+    return start_from(state, run, encoders, parallel) if run.training.init_from else None
 
 
 def _recorded_loss(run: RunConfig, state: TrainState, parallel: ParallelState) -> float | None:

@@ -103,7 +103,7 @@ def test_the_loader_gives_the_same_batches(tmp_path):
         corpus = open_corpus(path)
         config = DataConfig(str(path), resolution_px=32, caption_drop_frac=0.3, num_workers=0)
         loader = build_loader(
-            config, corpus, seed=3, global_batch_size=6, micro_batch_size=3, multiple_px=8, start_samples=12
+            config, corpus, seed=3, global_batch_size=6, accumulation=2, multiple_px=8, start_samples=12
         )
         codec = None if corpus.encoded else DctCodec()
         features = FeatureExtractor(codec, None if corpus.encoded else text_encoder, patch_size=2)

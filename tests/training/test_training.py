@@ -287,3 +287,13 @@ def test_exit_codes_and_one_line_errors(config_file, tmp_path):
         with pytest.raises(DataError, match=r"config\.yaml is damaged"):
             run_here(config_file, tmp_path / "run")
         assert (tmp_path / "run" / "config.yaml").read_text() == text
+
+
+def test_a_run_says_how_its_images_fit_their_buckets(config_file, corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run_here(config_file, tmp_path / "run", "--train-steps", 1)
+    (row,) = json.loads((tmp_path / "run" / "buckets.json").read_text())
+    assert (row["bucket"], row["images"], row["tokens"], row["batch_samples"]) == ("1024x1024", 128, 16, 8)
+    assert (row["width_px"], row["height_px"], row["cropped_max_frac"], row["enlarged"]) == (32, 32, 0.0, 0)
+    assert "how the images fit their buckets" in caplog.text
+    assert "1024x1024" in caplog.text
