@@ -1,5 +1,7 @@
 # make demo   the whole system end to end on this machine (make demo DATA=folder: on your own captioned images)
 #             make demo GPU=1: the same recipe at the size of one GPU
+# make ladder the recipe's three stages, 32 -> 64 -> 128 px, each from the one before
+# make ablate what each part of the recipe is worth, at equal FLOPs (hours; goes on where it was stopped)
 # make test   every test that needs no GPU
 # make test-dist    of these the ones with several ranks alone
 # make test-slurm   the sbatch files on a real Slurm of two nodes on this machine (installs Slurm where it is missing)
@@ -16,7 +18,7 @@ TORCH_PIP_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 WORKERS  ?= 2
 
-.PHONY: demo test test-dist test-slurm test-gpu lint bench bench-scale build clean install
+.PHONY: demo ladder ablate test test-dist test-slurm test-gpu lint bench bench-scale build clean install
 
 install: $(VENV)/.installed
 
@@ -41,6 +43,19 @@ demo: install
 	OMP_WAIT_POLICY=PASSIVE $(PY) tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") \
 	  $(if $(GPU),--config examples/demo_gpu.yaml --scenes 400000) \
 	  $(if $(CONFIG),--config "$(CONFIG)") --install-seconds $$(cat $(VENV)/.install_seconds)
+
+LADDER  := examples/scenes
+ladder: install
+	OMP_WAIT_POLICY=PASSIVE $(PY) tools/demo.py --output runs/ladder \
+	  --config $(LADDER)/stage1_32.yaml $(LADDER)/stage2_64.yaml $(LADDER)/stage3_128.yaml \
+	  --scene-sizes 128x128 168x96 96x168 144x112 112x144 160x104 104x160 --prompts-per-skill 25 \
+	  --install-seconds $$(cat $(VENV)/.install_seconds)
+
+# One thread for each training: JOBS of them run side by side.
+JOBS    ?= 2
+ablate: install
+	$(PY) tools/ablate.py --config examples/scenes/ablations.yaml --output runs/ablations --report benchmarks/ablations \
+	  --jobs $(JOBS)
 
 test: install
 	$(TEST_ENV) $(PY) -m pytest -n $(WORKERS) -m "not gpu" tests

@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 
 from megatron_nucleus.data.encoders import build_text_encoder
 from megatron_nucleus.export.hf_keys import count_parameters
-from megatron_nucleus.training.arguments import parse_run
+from megatron_nucleus.training.ablation.plan import read_suites
+from megatron_nucleus.training.arguments import RunConfig, parse_run
 from megatron_nucleus.training.initialize import run_shape
 from megatron_nucleus.utils.config import Parser
 from tests.support import ROOT
 
-RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+SUITES = ROOT / "examples" / "scenes" / "ablations.yaml"  # the one file that is for tools/ablate.py
+RECIPES = sorted(set((ROOT / "examples").rglob("*.yaml")) - {SUITES})
+LADDER = [ROOT / "examples" / "scenes" / f"{name}.yaml" for name in ("stage1_32", "stage2_64", "stage3_128")]
 
 
 def test_there_are_recipes():
     assert {p.name for p in RECIPES} >= {"demo_cpu.yaml", "demo_gpu.yaml", "demo_photos_cpu.yaml"}
+    assert set(LADDER) <= set(RECIPES)
+
+
+def text_dim(run: RunConfig) -> int:
+    """Width of the text features, without the weights of a large encoder."""
+    if run.encoders.text_encoder == "qwen3_vl":
+        return 4096  # Qwen3-VL-8B's hidden width
+    return build_text_encoder(run.encoders.text_spec()).dim
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipe_is_valid_and_builds_an_architecture(path):
     run, _ = parse_run(["--config", str(path)], Parser(prog="t"))
-    shape = run_shape(run, build_text_encoder(run.encoders.text_spec()).dim)
+    shape = run_shape(run, text_dim(run))
     assert count_parameters(shape) > 1e6
     assert run.sampling.shift >= 1
+
+
+def test_stages_of_the_ladder_differ_in_no_parameter_and_keep_the_tokens_of_a_step():
+    runs = [parse_run(["--config", str(path)], Parser(prog="t"))[0] for path in LADDER]
+    shapes = [run_shape(run, 256) for run in runs]
+    factors = [shape.capacity_factors for shape in shapes]
+    assert factors == [(4.0,) * 4, (2.0,) * 4, (0.0, 2.0, 1.0, 1.0)]
+    assert len({dataclasses.replace(shape, capacity_factors=factors[0]) for shape in shapes}) == 1
+    tokens = [r.training.global_batch_size * (r.data.resolution_px // 8) ** 2 for r in runs]
+    assert tokens == [2048] * 3
+    assert [run.losses.wavelet_loss_coeff for run in runs] == [0.0, 0.0, 0.1]
+    for before, run in itertools.pairwise(runs):
+        assert run.training.init_from == before.training.run_dir
+        assert run.training.init_optimizer
+
+
+def test_suites_are_valid():
+    assert read_suites(SUITES).keys() == {"small", "routing"}

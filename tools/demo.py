@@ -2,35 +2,28 @@
 
 Every stage is one of the programs in tools/, run with the command that is printed before it. Finished stages are
 remembered, so the same command again continues where it was stopped. With --data the corpus is your own folder of
-captioned images instead of the embedded scenes; such pictures have no programmatic score.
+captioned images instead of the embedded scenes; such pictures have no programmatic score. With several configurations
+each is a training of its own that starts from the one before; the last one is merged, drawn and scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import json
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nucleus.data.dataset import Corpus, open_corpus
 from megatron_nucleus.data.scenes import benchmark_prompts
+from megatron_nucleus.training.arguments import RunConfig, parse_run
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser
-from megatron_nucleus.utils.errors import ConfigError, DataError, StoppedError, UserError
-from megatron_nucleus.utils.files import sha256_file, write_json_atomic
+from megatron_nucleus.utils.config_files import read_yaml
+from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.stages import Runner, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES_CONFIG = ROOT / "examples" / "demo_cpu.yaml"
 PHOTOS_CONFIG = ROOT / "examples" / "demo_photos_cpu.yaml"
-ERRORS = {error.exit_code: error for error in (ConfigError, DataError, StoppedError)}
 SKILLS = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 PICTURES_PER_SKILL = 4  # of the six skills, in the picture grid
 PICTURES_OF_PHOTOS = 12
@@ -38,118 +31,12 @@ PROMPT_WORDS = 60  # captions longer than this are not used as prompts (the text
 PREVIEWS = 6  # prompts drawn while training
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One program call.
-
-    name: key in steps.json and in the time table. argv: tools/<program> and its flags.
-    reads: file whose content is part of the call, as its flags are.
-    fresh: folder that an unfinished call may have left, and that the program would refuse to write into again.
-    """
-
-    name: str
-    argv: tuple[str, ...]
-    reads: Path | None = None
-    fresh: Path | None = None
-
-    def key(self) -> dict:
-        """What must be equal for a finished call to stand for this one."""
-        return {"command": [*self.argv, "--json"], "reads": sha256_file(self.reads) if self.reads else None}
-
-
-class Runner:
-    """Runs stages in order and remembers them in ``OUTPUT/steps.json``.
-
-    A stage that finished with the same command is not run again; once one runs, all after it run, too.
-    """
-
-    def __init__(self, output: Path, total: int):
-        self.path, self.total, self.count = output / "steps.json", total, 0
-        memory = (
-            json.loads(self.path.read_text()) if self.path.is_file() else {"finished": {}, "unfinished_s": {}}
-        )
-        self.finished, self.unfinished_s = memory["finished"], memory["unfinished_s"]
-
-    def run(self, stage: Stage) -> dict:
-        """The stage's ``--json`` object.
-
-        Raises:
-            UserError: the stage ended with an error (its own message is above); same exit code as the stage.
-        """
-        self.count += 1
-        key = stage.key()
-        print(
-            f"\n[{self.count}/{self.total}] {stage.name}\n  $ python {shlex.join(key['command'])}", flush=True
-        )
-        before = self.finished.get(stage.name)
-        if before and before["key"] == key:
-            print(f"  finished before in {before['seconds']:.0f} s")
-            return before["result"]
-        self._forget_from(stage)
-        start = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, *key["command"]], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        with signals_left_to(process):
-            output, _ = process.communicate()
-        seconds = time.monotonic() - start + self.unfinished_s.pop(stage.name, 0.0)
-        lines = output.strip().splitlines()
-        if process.returncode:
-            self.unfinished_s[stage.name] = seconds
-            self._remember()
-            print("\n".join(lines))
-            kind = ERRORS.get(process.returncode, UserError)
-            raise kind(
-                f"stage '{stage.name}' ended with code {process.returncode}; the same command continues there"
-            )
-        print("\n".join(f"  {line}" for line in lines[:-1]))
-        result = json.loads(lines[-1])
-        self.finished[stage.name] = {"key": key, "seconds": seconds, "result": result}
-        self._remember()
-        return result
-
-    def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage, interrupted calls included."""
-        return {name: entry["seconds"] for name, entry in self.finished.items()}
-
-    def commands(self) -> list[str]:
-        """The finished stages' commands, in order."""
-        return [f"python {shlex.join(entry['key']['command'])}" for entry in self.finished.values()]
-
-    def _forget_from(self, stage: Stage) -> None:
-        """This stage and every later one will run: what they left is no longer current."""
-        names = list(self.finished)
-        if stage.name in names:
-            for name in names[names.index(stage.name) :]:
-                del self.finished[name]
-        self._remember()
-        if stage.fresh is not None and stage.fresh.exists():
-            shutil.rmtree(stage.fresh)
-
-    def _remember(self) -> None:
-        write_json_atomic(self.path, {"finished": self.finished, "unfinished_s": self.unfinished_s})
-
-
-@contextlib.contextmanager
-def signals_left_to(process: subprocess.Popen) -> Iterator[None]:
-    """The running stage saves and ends on Ctrl-C, which reaches it by itself, and on SIGTERM, which is passed on.
-
-    Without this the demo would die first, and kill the stage while it saves.
-    """
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def prepare_stages(out: Path, data: str | None, count: int) -> list[Stage]:
+def prepare_stages(out: Path, data: str | None, count: int, scene_sizes: Sequence[str]) -> list[Stage]:
     """From pictures to a data set folder: the embedded scenes, or the user's own folder."""
     if data is None:
-        flags = ("--output", f"{out}/corpus", "--count", str(count))
-        draw = Stage("draw the corpus", ("tools/make_scenes.py", *flags), fresh=out / "corpus")
+        sizes = ("--scene-sizes", *scene_sizes) if scene_sizes else ()
+        flags = ("--output", f"{out}/corpus", "--count", str(count), *sizes)
+        draw = Stage("draw the corpus", ("tools/make_scenes.py", *flags), fresh=(out / "corpus",))
         return [draw, curate_stage(out, f"{out}/corpus", min_side_px=32)]
     return [curate_stage(out, str(Path(data).resolve()), min_side_px=64)]
 
@@ -160,37 +47,75 @@ def curate_stage(out: Path, source: str, min_side_px: int) -> Stage:
     return Stage("curate", ("tools/curate.py", *flags))
 
 
-def model_stages(out: Path, config: Path, prompts: Path, merge_last: int) -> list[Stage]:
-    """Train, merge the last checkpoints, export to diffusers, draw pictures with the exported model."""
+def configurations(args: argparse.Namespace) -> list[Path]:
+    """The training configurations, each checked before anything runs."""
+    given = args.config or [PHOTOS_CONFIG if args.data else SCENES_CONFIG]
+    configs = [Path(config).resolve() for config in given]
+    if len({config.stem for config in configs}) < len(configs):
+        raise ConfigError(
+            f"--config {' '.join(given)}: file names must differ; run folders are called after them"
+        )
+    for config in configs:
+        read_config(config)
+    return configs
+
+
+def read_config(config: Path) -> RunConfig:
+    """A configuration as a training will read it, with placeholders for what the demo gives."""
+    given = ("--data-path", "given later", "--sample-prompts", "given later")
+    return parse_run(["--config", str(config), *given], Parser(prog="tools/train.py"))[0]
+
+
+def run_folders(out: Path, configs: Sequence[Path]) -> list[Path]:
+    """Run folder of each training: ``train``, or ``train_<name of the configuration>`` of several."""
+    return [out / ("train" if len(configs) == 1 else f"train_{config.stem}") for config in configs]
+
+
+def train_stages(out: Path, configs: Sequence[Path], prompts: Path) -> list[Stage]:
+    """One training for each configuration. Whether a later one takes the optimizer state along, it says itself."""
     lines = prompts.read_text(encoding="utf-8").splitlines()
     preview = lines[:: max(1, len(lines) // PREVIEWS)][:PREVIEWS]
+    folders, stages = run_folders(out, configs), []
+    for number, (config, folder) in enumerate(zip(configs, folders, strict=True)):
+        name = "train" if len(configs) == 1 else f"train {config.stem}"
+        start = ("--init-from", str(folders[number - 1])) if number else ()
+        flags = ("--config", str(config), "--data-path", f"{out}/data", "--run-dir", str(folder), *start)
+        reads = (config, *sorted({Path(file) for file in read_yaml(config).origins.values()} - {config}))
+        argv = ("tools/train.py", *flags, "--sample-prompts", *preview)
+        stages.append(Stage(name, argv, reads=reads, fresh=tuple(folders[number + 1 :])))
+    return stages
+
+
+def model_stages(out: Path, run: Path, prompts: Path, merge_last: int) -> list[Stage]:
+    """Merge the last checkpoints, export to diffusers, draw pictures with the exported model."""
     return [
-        Stage("train", ("tools/train.py", "--config", str(config), "--data-path", f"{out}/data",
-                        "--run-dir", f"{out}/train", "--sample-prompts", *preview), reads=config),
-        Stage("merge", ("tools/merge_checkpoints.py", "--checkpoints", f"{out}/train/checkpoints",
+        Stage("merge", ("tools/merge_checkpoints.py", "--checkpoints", f"{run}/checkpoints",
                         "--last", str(merge_last), "--weights", "inverse_sqrt", "--output", f"{out}/merged"),
-              fresh=out / "merged"),
+              fresh=(out / "merged",)),
         Stage("convert", ("tools/convert_checkpoint.py", "--input", f"{out}/merged", "--output", f"{out}/hf",
-                          "--to", "hf"), fresh=out / "hf"),
+                          "--to", "hf"), fresh=(out / "hf",)),
         Stage("sample", ("tools/sample.py", "--checkpoint", f"{out}/hf", "--prompts", str(prompts),
                          "--output", f"{out}/pictures", "--overwrite")),
     ]  # fmt: skip
 
 
-def score_stages(out: Path, prompts_per_skill: int) -> dict[str, Stage]:
-    """The embedded benchmark on the merged model, the last checkpoint, an untrained model and true renderings."""
+def score_stages(out: Path, run: Path, prompts_per_skill: int, truth_size: str | None) -> dict[str, Stage]:
+    """The embedded benchmark on the merged model, the last checkpoint, an untrained model and true renderings.
+
+    truth_size: WIDTHxHEIGHT of the renderings; None = the scorer's default.
+    """
     sources = {
         "merged": ("--checkpoint", f"{out}/hf"),
-        "last": ("--checkpoint", f"{out}/train"),
+        "last": ("--checkpoint", str(run)),
         "untrained": ("--checkpoint", f"{out}/hf", "--untrained"),
-        "truth": ("--truth",),
+        "truth": ("--truth", *(("--scene-sizes", truth_size) if truth_size else ())),
     }
     return {
         name: Stage(
             f"score: {name}",
             ("tools/evaluate.py", "scenes", *source, "--prompts-per-skill", str(prompts_per_skill),
              "--output", f"{out}/scores/{name}"),
-            fresh=out / "scores" / name,
+            fresh=(out / "scores" / name,),
         )
         for name, source in sources.items()
     }  # fmt: skip
@@ -220,7 +145,9 @@ def photo_prompts(corpus: Corpus) -> list[str]:
     return prompts[:PICTURES_OF_PHOTOS]
 
 
-def write_report(out: Path, args: argparse.Namespace, runner: Runner, scores: dict[str, dict]) -> Path:
+def write_report(
+    out: Path, run: Path, args: argparse.Namespace, runner: Runner, scores: dict[str, dict]
+) -> Path:
     """``OUTPUT/report.html`` from what the stages left behind."""
     from megatron_nucleus.evaluation.report import build_report
 
@@ -233,7 +160,7 @@ def write_report(out: Path, args: argparse.Namespace, runner: Runner, scores: di
         out / "report.html",
         title="Megatron-Nucleus demo",
         summary="A sparse mixture-of-experts diffusion transformer, trained, merged, exported and sampled here.",
-        run_dir=out / "train",
+        run_dir=run,
         samples_dir=out / "pictures",
         checkpoint=out / "hf",
         scores={names[k]: v for k, v in scores.items()} or None,
@@ -271,7 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data", metavar="DIR", help="your captioned images or WebDataset tars instead of the scenes"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="training configuration [default examples/demo_cpu.yaml]"
+        "--config", nargs="+", metavar="FILE",
+        help="training configuration, or several, each starting from the one before [default examples/demo_cpu.yaml]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scene-sizes",
+        nargs="+",
+        metavar="WxH",
+        help="sizes of the embedded scenes [as tools/make_scenes.py]",
     )
     parser.add_argument(
         "--scenes", type=int, default=40000, metavar="N", help="size of the embedded corpus [40000]"
@@ -287,25 +221,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(
             f"--data {args.data}: no such folder; give a folder of images with captions, or of tars"
         )
+    if args.data is not None and args.scene_sizes is not None:
+        raise ConfigError("--scene-sizes: is used for the embedded scenes, not with --data")
     out = Path(args.output).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    config = Path(args.config).resolve() if args.config else (PHOTOS_CONFIG if args.data else SCENES_CONFIG)
-    if not config.is_file():
-        raise ConfigError(f"--config {args.config}: no such file")
+    configs = configurations(args)
+    last = run_folders(out, configs)[-1]
 
-    prepare = prepare_stages(out, args.data, args.scenes)
-    scores = {} if args.data else score_stages(out, args.prompts_per_skill)
-    runner = Runner(out, total=len(prepare) + 4 + len(scores))
+    prepare = prepare_stages(out, args.data, args.scenes, args.scene_sizes or ())
+    side = read_config(configs[-1]).data.resolution_px
+    truth_size = f"{side}x{side}" if args.scene_sizes else None
+    scores = {} if args.data else score_stages(out, last, args.prompts_per_skill, truth_size)
+    runner = Runner(out, ROOT, total=len(prepare) + len(configs) + 3 + len(scores))
     for stage in prepare:
         runner.run(stage)
-    for stage in model_stages(out, config, write_prompts(out, args.data), args.merge_last):
+    prompts = write_prompts(out, args.data)
+    for stage in [*train_stages(out, configs, prompts), *model_stages(out, last, prompts, args.merge_last)]:
         runner.run(stage)
     results = {name: runner.run(stage) for name, stage in scores.items()}
-    report = write_report(out, args, runner, results)
+    report = write_report(out, last, args, runner, results)
     print_summary(out, runner, results, report, args.install_seconds)
     if args.json:
         cli.print_json(
-            {"output": str(out), "report": str(report), "scores": results, "seconds": runner.seconds()}
+            {
+                "output": str(out),
+                "run_dir": str(last),
+                "report": str(report),
+                "scores": results,
+                "seconds": runner.seconds(),
+            }
         )
 
 
