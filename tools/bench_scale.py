@@ -11,8 +11,6 @@ tools/bench_train.py as it is. Example:
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser, coerce
 from megatron_nucleus.utils.errors import ConfigError, UserError
 from megatron_nucleus.utils.files import write_json_atomic
+from megatron_nucleus.utils.hardware import hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "tools/bench_train.py"
@@ -125,19 +124,6 @@ def describe(commands: dict[int, list[str]], results: dict[int, list[dict]]) -> 
             for size, rounds in results.items()
         ],
     }
-
-
-def hardware() -> str:
-    """Processor, usable cores and memory of this host; GPUs are named in the results."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        name = names[0] if names else name
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"{len(os.sched_getaffinity(0))} cores of {name}, {memory_bytes / 2**30:.0f} GiB"
 
 
 if __name__ == "__main__":

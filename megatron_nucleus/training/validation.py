@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -241,7 +242,11 @@ class _RoutingProbe:
             return {}
         out = self.meter.report(total(self.meter.sums())).scalars()
         if self.agreement is not None:
-            mean = self.agreement.report(total(self.agreement.sums())).mean
+            levels, mean = self.agreement.levels, self.agreement.report(total(self.agreement.sums())).mean
+            out |= {
+                f"mean/agreement/{a:.4g}-{b:.4g}": kept
+                for (a, b), kept in zip(itertools.pairwise(levels), mean.neighbours, strict=True)
+            }
             out |= {
                 "mean/agreement_neighbours": sum(mean.neighbours) / len(mean.neighbours),
                 "mean/agreement_ends": mean.ends,

@@ -30,12 +30,12 @@ INK, GRID = "#333b47", "#e6e9ee"
 
 # Mean over the MoE layers on held-out images (core/moe/stats.py, core/moe/agreement.py): key -> words.
 ROUTING = {
-    "mean/sigma_explained": "logit variance between noise levels",
+    "mean/sigma_explained": "logit variance\nbetween noise levels",
     "mean/spread_low": "logit spread, sigma < 0.3",
     "mean/spread_high": "logit spread, sigma > 0.7",
     "mean/spread_ratio": "spread, low / high noise",
-    "mean/agreement_neighbours": "same tokens at the next noise level",
-    "mean/agreement_ends": "same tokens at both ends",
+    "mean/agreement_neighbours": "same tokens at\nthe next noise level",
+    "mean/agreement_ends": "same tokens\nat both ends",
 }
 
 AGREEMENT = "mean/agreement/"  # + LOW-HIGH, two neighbouring noise levels
@@ -76,6 +76,8 @@ def loss_figure(by_arm: ByArm) -> bytes:
             )
     for panel, label in zip(axes, ("images seen", "training FLOPs"), strict=True):
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:.3g}")
         _dress(panel, label, "validation loss")
     axes[0].legend(frameon=False, fontsize=8)
     return png(figure)
@@ -106,7 +108,6 @@ def scores_figure(by_arm: ByArm) -> bytes:
             color = COLORS[0] if number == 0 else INK
             panel.errorbar(found.mean, number, xerr=found.std, fmt="o", color=color, markersize=4, capsize=2)
         _dress(panel, skill.replace("_", " "), "")
-        panel.set_xlim(-0.02, 1.02)
     panels[0].set_yticks(range(len(by_arm)), list(by_arm))
     panels[0].invert_yaxis()
     return png(figure)

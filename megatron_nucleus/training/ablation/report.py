@@ -204,7 +204,16 @@ def _routing_table(by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
         found = [spread(figures.routing_values(rows, key)) for key in columns]
         if any(found):
             lines.append(_row([name, *(_pm(_plain(value), "std", 3) for value in found)]))
-    return [_row(["arm", *columns.values()]), _row(["---"] * (len(columns) + 1)), *lines, ""] if lines else []
+    return (
+        [
+            _row(["arm", *(words.replace("\n", " ") for words in columns.values())]),
+            _row(["---"] * (len(columns) + 1)),
+            *lines,
+            "",
+        ]
+        if lines
+        else []
+    )
 
 
 def _cost_table(suite: Suite, by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
