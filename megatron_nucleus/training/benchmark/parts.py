@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_nucleus.core.collectives import gather_rows
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
-from megatron_nucleus.training.losses import flow_loss
+from megatron_nucleus.training.losses import flow_loss_per_image
 from megatron_nucleus.types import TextFeatures
 
 
@@ -65,7 +65,7 @@ class Timed:
             p.grad = None
         with self._precision():
             velocity_BSP = self.call()
-        flow_loss(velocity_BSP, self.work.target_BSP).backward()
+        flow_loss_per_image(velocity_BSP, self.work.target_BSP).mean().backward()
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device_type = self.work.latents_BSP.device.type
