@@ -54,5 +54,37 @@ def test_stages_of_the_ladder_differ_in_no_parameter_and_keep_the_tokens_of_a_st
         assert run.training.init_optimizer
 
 
+def test_published_stages_keep_the_published_numbers():
+    """FACTS of the recipe: arXiv 2604.12163 and its team's blog."""
+    folder = ROOT / "examples" / "nucleus_image_17b"
+    paths = [folder / f"{name}.yaml" for name in ("stage1_256", "stage2_512", "stage3_1024")]
+    runs = [parse_run(["--config", str(path)], Parser(prog="t"))[0] for path in paths]
+    shapes = [run_shape(run, 4096) for run in runs]
+    assert {count_parameters(shape) for shape in shapes} == {16_922_679_296}
+    assert [shape.capacity_factors for shape in shapes] == [
+        (8.0,) * 32, (4.0,) * 32, (0.0,) * 3 + (4.0,) * 2 + (2.0,) * 27,
+    ]  # fmt: skip
+    assert [(r.data.resolution_px, r.training.global_batch_size) for r in runs] == [
+        (256, 4096), (512, 1024), (1024, 256),
+    ]  # fmt: skip
+    assert [r.training.global_batch_size * (r.data.resolution_px // 16) ** 2 for r in runs] == [2**20] * 3
+    assert [r.losses.wavelet_loss_coeff for r in runs] == [0.0, 0.0, 0.1]
+    assert [r.schedule.lr_warmup_steps for r in runs] == [1000, 0, 0]
+    for run in runs:
+        assert (run.optimizer.lr, run.optimizer.muon_momentum, run.optimizer.router_orthogonality) == (
+            1e-4,
+            0.95,
+            1e-7,
+        )
+        assert (run.losses.moe_z_loss_coeff, run.flow.sigma_uniform_frac) == (5e-7, 0.1)
+        assert run.parallel.expert_model_parallel_size == 64
+        assert (run.training.keep_last_checkpoints or 0) + (run.training.keep_last_weights or 0) >= 16
+    for before, run in itertools.pairwise(runs):
+        assert run.training.init_from == before.training.run_dir
+        assert run.training.seed != before.training.seed
+        last, first = before.curriculum.phases.phases[-1], run.curriculum.phases.phases[0]
+        assert dataclasses.replace(last, at_samples=0) == first  # a stage goes on where the one before ended
+
+
 def test_suites_are_valid():
     assert read_suites(SUITES).keys() == {"small", "routing"}

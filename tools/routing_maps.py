@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from megatron_nucleus.evaluation.allocation import draw_with_routing, moe_layers
 from megatron_nucleus.evaluation.routing_maps import check_folder, check_layers, write_routing_maps
 from megatron_nucleus.export.load import read_description
-from megatron_nucleus.inference.pipeline import load_pipeline
+from megatron_nucleus.inference.flags import (
+    add_machine_flags,
+    add_sampling_flags,
+    pipeline_of,
+    sampling_of,
+)
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser
-from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -34,22 +38,8 @@ def build_parser() -> Parser:
         "--layers", type=int, nargs="+", default=[], metavar="N",
         help="layers of experts.png [default: the first, middle and last MoE layer]",
     )  # fmt: skip
-    stored = "[default: the checkpoint's]"
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--height", type=int, metavar="N", help=f"height of the picture [px] {stored}")
-    sampling.add_argument("--width", type=int, metavar="N", help=f"width of the picture [px] {stored}")
-    sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps {stored}")
-    sampling.add_argument("--guidance", type=float, metavar="X", help=f"guidance; 1 or less = none {stored}")
-    sampling.add_argument("--shift", type=float, metavar="X", help=f"shift of the noise levels {stored}")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the picture [0]")
-    sampling.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="what to steer away from [the empty prompt]"
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [auto]")
-    machine.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the model [as stored]")
-    machine.add_argument("--codec-path", metavar="PATH", help="folder or hub id of the Qwen-Image VAE")
-    machine.add_argument("--text-encoder-path", metavar="PATH", help="folder or hub id of Qwen3-VL")
+    add_sampling_flags(parser)
+    add_machine_flags(parser)
     add_json_flag(parser)
     return parser
 
@@ -64,16 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--checkpoint {args.checkpoint}: the model has no MoE layers, so nothing is routed; name one with experts"
         )
     check_layers(args.layers, layers)
-    pipeline = load_pipeline(
-        args.checkpoint,
-        device=args.device,
-        dtype=DTYPES[args.dtype] if args.dtype else None,
-        codec_path=args.codec_path,
-        text_encoder_path=args.text_encoder_path,
-    )
-    config = pipeline.settings(
-        height=args.height, width=args.width, steps=args.steps, guidance=args.guidance, shift=args.shift
-    )
+    pipeline = pipeline_of(args)
+    config = sampling_of(args, pipeline)
     drawing = draw_with_routing(
         pipeline, args.prompt, config, seed=args.seed, negative_prompt=args.negative_prompt, progress=True
     )

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_nucleus.evaluation.allocation import StepMeter, moe_layers
+from megatron_nucleus.inference.flags import add_machine_flags, add_sampling_flags, pipeline_of, sampling_of
 from megatron_nucleus.inference.outputs import check_folder, read_prompts, write_samples
-from megatron_nucleus.inference.pipeline import Pipeline, load_pipeline
+from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser
-from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError
 from megatron_nucleus.utils.files import write_json_atomic
 
@@ -40,28 +40,12 @@ def build_parser() -> Parser:
         "--routing-stats", action="store_true",
         help="also write DIR/routing.json: what the experts did in each step, over all pictures",
     )  # fmt: skip
-    stored = "[default: the checkpoint's]"
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--height", type=int, metavar="N", help=f"height of a picture [px] {stored}")
-    sampling.add_argument("--width", type=int, metavar="N", help=f"width of a picture [px] {stored}")
-    sampling.add_argument("--steps", type=int, metavar="N", help=f"denoising steps {stored}")
-    sampling.add_argument("--guidance", type=float, metavar="X", help=f"guidance; 1 or less = none {stored}")
-    sampling.add_argument("--shift", type=float, metavar="X", help=f"shift of the noise levels {stored}")
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the first picture [0]")
-    sampling.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="what to steer away from [the empty prompt]"
-    )
-    sampling.add_argument(
+    add_sampling_flags(parser).add_argument(
         "--samples-per-prompt", type=int, default=1, metavar="N", help="pictures a prompt [1]"
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
+    add_machine_flags(parser).add_argument(
         "--batch-size", type=int, default=16, metavar="N", help="pictures drawn at once [16]"
     )
-    machine.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [auto]")
-    machine.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the model [as stored]")
-    machine.add_argument("--codec-path", metavar="PATH", help="folder or hub id of the Qwen-Image VAE")
-    machine.add_argument("--text-encoder-path", metavar="PATH", help="folder or hub id of Qwen3-VL")
     add_json_flag(parser)
     return parser
 
@@ -76,16 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         prompts = [args.prompt]
     check_folder(args.output, args.overwrite)  # before a model is loaded
-    pipeline = load_pipeline(
-        args.checkpoint,
-        device=args.device,
-        dtype=DTYPES[args.dtype] if args.dtype else None,
-        codec_path=args.codec_path,
-        text_encoder_path=args.text_encoder_path,
-    )
-    config = pipeline.settings(
-        height=args.height, width=args.width, steps=args.steps, guidance=args.guidance, shift=args.shift
-    )
+    pipeline = pipeline_of(args)
+    config = sampling_of(args, pipeline)
     meter = _step_meter(pipeline, config, args.checkpoint) if args.routing_stats else None
     result = write_samples(
         pipeline,
