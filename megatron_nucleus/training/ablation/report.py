@@ -17,6 +17,7 @@ from megatron_nucleus.training.ablation.statistics import (
 from megatron_nucleus.training.ablation.suites import Arm, Suite
 from megatron_nucleus.utils.files import write_atomic, write_json_atomic
 
+LOSS_AT = "valid_loss at sigma "  # + noise level, a measure
 HEAD = """# Ablations
 
 Made by `{command}`; written by the tool, not by hand.
@@ -91,7 +92,7 @@ def _measures(rows: Mapping[int, dict]) -> dict[str, dict[int, float]]:
     """Measure -> seed -> value."""
     out = {"valid_loss": {s: r["valid_loss"] for s, r in rows.items()}}
     out |= {
-        f"valid_loss at sigma {sigma}": {s: r["valid_loss_by_sigma"][sigma] for s, r in rows.items()}
+        f"{LOSS_AT}{sigma}": {s: r["valid_loss_by_sigma"][sigma] for s, r in rows.items()}
         for sigma in next(iter(rows.values()))["valid_loss_by_sigma"]
     }
     out |= {
@@ -134,6 +135,8 @@ def _section(
         "",
         *_claims_table(result),
         *[f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in pictures],
+        *_noise_table(result, by_arm),
+        "",
         *_skills_table(result),
         "",
         *_routing_table(by_arm),
@@ -187,6 +190,30 @@ def _claims_table(result: dict) -> list[str]:
             cells += _difference_cells(c, measure, digits)
         lines.append(_row(cells))
     return [*lines, ""]
+
+
+def _noise_table(result: dict, by_arm: Mapping[str, Mapping[int, dict]]) -> list[str]:
+    """The loss at every noise level; bold where Student's 95 % interval confirms a difference to the baseline."""
+    arms = result["arms"]
+    if result["baseline"] not in arms:
+        return []
+    measures = [key for key in arms[result["baseline"]] if key.startswith(LOSS_AT)]
+    lines = [
+        "Validation loss by noise level; bold: a difference to the baseline that the 95 % interval confirms. Training",
+        "sees some levels seldom; the mean over equidistant levels counts them as much as the others.",
+        "",
+        _row(["arm", *(key.removeprefix(LOSS_AT) for key in measures)]),
+        _row(["---"] * (len(measures) + 1)),
+    ]
+    base = _measures(by_arm[result["baseline"]])
+    for name, arm in arms.items():
+        own, cells = _measures(by_arm[name]), [name]
+        for key in measures:
+            text, difference = _pm(arm[key], "std", 3), paired_difference(base[key], own[key])
+            sure = verdict(difference, lower_is_better=True) in ("better", "worse")
+            cells.append(f"**{text}**" if sure else text)
+        lines.append(_row(cells))
+    return lines
 
 
 def _skills_table(result: dict) -> list[str]:
