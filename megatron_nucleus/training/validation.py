@@ -231,7 +231,8 @@ class _RoutingProbe:
             return
         self.meter.add(routings, sigma_B, grid, weights_B)
         if self.agreement is not None:
-            self._levels.append(routings)
+            # Agreement reads the choices alone; the logits of all levels would take gigabytes at 1024 px.
+            self._levels.append([r._replace(logits_BSE=r.logits_BSE[..., :0].clone()) for r in routings])
             if level == len(self.agreement.levels) - 1:
                 self.agreement.add(self._levels, weights_B)
                 self._levels = []
