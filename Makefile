@@ -48,7 +48,7 @@ LADDER  := examples/scenes
 ladder: install
 	OMP_WAIT_POLICY=PASSIVE $(PY) tools/demo.py --output runs/ladder \
 	  --config $(LADDER)/stage1_32.yaml $(LADDER)/stage2_64.yaml $(LADDER)/stage3_128.yaml \
-	  --scene-sizes 128x128 168x96 96x168 144x112 112x144 160x104 104x160 --prompts-per-skill 25 \
+	  --scene-sizes 128x128 168x96 96x168 144x112 112x144 160x104 104x160 --prompts-per-skill 50 \
 	  --install-seconds $$(cat $(VENV)/.install_seconds)
 
 # One thread for each training: JOBS of them run side by side.

@@ -96,7 +96,7 @@ def build_report(
     html = page.render(
         title=title,
         summary=summary,
-        tiles=_tiles(rows, scores, timings, shape),
+        tiles=_tiles(rows, _earlier_images(document), scores, timings, shape),
         pictures=_pictures(listed, Path(samples_dir)) if listed else None,
         pictures_note=f" (the first {MAX_PICTURES} of {len(listed)})" if len(listed) > MAX_PICTURES else "",
         scores=_scores(scores) if scores else None,
@@ -163,8 +163,17 @@ def _listed(folder: Path) -> list[dict]:
     return out
 
 
+def _earlier_images(document: dict) -> int:
+    """Images seen by the runs that this one started from (config.yaml)."""
+    return (document.get("started_from") or {}).get("samples_seen_in_all", 0)
+
+
 def _tiles(
-    rows: list[dict], scores: Mapping | None, timings: Mapping | None, shape: ModelShape | None
+    rows: list[dict],
+    earlier_images: int,
+    scores: Mapping | None,
+    timings: Mapping | None,
+    shape: ModelShape | None,
 ) -> list[tuple[str, str]]:
     """The figures at a glance: label and value."""
     tiles = []
@@ -175,7 +184,8 @@ def _tiles(
             bar = f" ± {error:.2f}" if error is not None else ""
             tiles.append((f"mean score, {name}", f"{result['mean']:.2f}{bar}"))
     if rows:
-        tiles.append(("images seen in training", f"{rows[-1]['samples_seen']:,}"))
+        where = "all stages" if earlier_images else "training"
+        tiles.append((f"images seen in {where}", f"{earlier_images + rows[-1]['samples_seen']:,}"))
     if shape is not None:
         tiles.append(("parameters", _millions(count_parameters(shape))))
     if timings:
@@ -317,6 +327,8 @@ def _facts(
             ("optimizer steps", f"{rows[-1]['step']:,}"),
             ("images seen", f"{rows[-1]['samples_seen']:,}"),
         ]
+        if earlier := _earlier_images(document):
+            facts.append(("images seen in the stages before", f"{earlier:,}"))
         if rows[-1].get("peak_memory_bytes"):
             facts.append(("peak memory of training", f"{rows[-1]['peak_memory_bytes'] / 1e9:.2f} GB"))
     config = document.get("config") or {}

@@ -207,6 +207,15 @@ def test_every_input_is_optional(tmp_path):
     assert page.rows == []
 
 
+def test_images_of_earlier_stages_count(tmp_path, run_dir):
+    document = yaml.safe_load((run_dir / "config.yaml").read_text())
+    document["started_from"] = {"samples_seen_in_all": 1000}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(document))
+    text = build_report(tmp_path / "r.html", title="t", run_dir=run_dir).read_text()
+    assert Page(text).table()["images seen in the stages before"] == ["1,000"]
+    assert "<b>4,200</b>images seen in all stages" in text
+
+
 def test_a_run_without_metrics_previews_and_config(tmp_path):
     (tmp_path / "run").mkdir()
     page = Page(build_report(tmp_path / "r.html", title="t", run_dir=tmp_path / "run").read_text())
