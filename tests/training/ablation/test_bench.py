@@ -169,7 +169,9 @@ def test_report(programs, suites, tmp_path):
     assert "Made by `tools/ablate.py --config x`" in page
     assert f"| **baseline** (baseline) | 2 | {sum(losses) / 2:.4f} ± 0.0071 |" in page
     assert "| experts: better than dense | baseline against dense |" in page
-    assert f"| baseline | {sum(losses) / 2:.3f} ± 0.007 | {sum(losses):.3f} ± 0.014 |" in page  # by noise level
+    assert (
+        f"| baseline | {sum(losses) / 2:.3f} ± 0.007 | {sum(losses):.3f} ± 0.014 |" in page
+    )  # by noise level
     low = arms["dense"]["valid_loss at sigma 0.25"]["mean"]
     assert f"| dense | **{low:.3f} ± 0.007** | **{2 * low:.3f} ± 0.014** |" in page
     assert "Not finished" not in page
