@@ -37,12 +37,14 @@ def forward_growth(granularity: str) -> int:
 
 @pytest.mark.dist
 def test_recomputation_saves_memory(tmp_path):
+    # The smallest of three processes: pages that the allocator happens to take only ever add.
     none, selective, full = (
-        run_ranks(1, forward_growth, tmp_path, g)[0] for g in ("none", "selective", "full")
+        min(run_ranks(1, forward_growth, tmp_path, g)[0] for _ in range(3))
+        for g in ("none", "selective", "full")
     )
     assert none > 50e6
     assert selective < 0.75 * none
-    assert full < 0.45 * none  # about 0.30; the allocator's own pages come and go by 10 MB
+    assert full < 0.35 * none
 
 
 def test_choices_are_replayed_not_repeated():

@@ -59,7 +59,7 @@ def take(corpus, count, config=CONFIG, **options):
         return [next(loader) for _ in range(count)]
 
 
-def same(a, b):
+def assert_same_batch(a, b):
     assert (a.bucket, a.draws, a.ids, a.texts) == (b.bucket, b.draws, b.ids, b.texts)
     for x, y in ((a.pixels_BCHW, b.pixels_BCHW), (a.latents_BCHW, b.latents_BCHW)):
         assert (x is None and y is None) or torch.equal(x, y)
@@ -85,7 +85,7 @@ def test_workers_change_nothing(made):
     for workers in (1, 2):
         config = dataclasses.replace(CONFIG, num_workers=workers, prefetch_batches=2)
         for a, b in zip(alone, take(corpus, 15, config), strict=True):
-            same(a, b)
+            assert_same_batch(a, b)
 
 
 def test_the_global_random_state_is_left_alone(made):
@@ -102,7 +102,7 @@ def test_resuming_anywhere_gives_the_rest(made):
     whole = take(corpus, 30)
     for step in (1, 4, 9):
         for a, b in zip(whole[3 * step :], take(corpus, 30 - 3 * step, start_samples=12 * step), strict=True):
-            same(a, b)
+            assert_same_batch(a, b)
 
 
 def test_ranks_take_slices_of_the_same_global_batch(made):

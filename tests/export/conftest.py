@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape
+from megatron_nucleus.core.parallel_state import ParallelState
 from megatron_nucleus.export import native
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
@@ -119,3 +123,18 @@ def make():
         flip=flip_byte,
         extra=EXTRA,
     )
+
+
+def sharded_model(shape: ModelShape, seed: int, ps: ParallelState) -> nn.Module:
+    """`random_model` with its experts over the expert mesh, each rank a part of everything else."""
+    model = random_model(shape, seed)
+    for block in model.blocks:
+        if block.is_moe:
+            experts = block.moe.experts
+            for name, parameter in list(experts.named_parameters()):
+                spread = distribute_tensor(parameter.detach(), ps.expert_mesh["ep"], [Shard(0)])
+                setattr(experts, name, nn.Parameter(spread))
+            fully_shard(experts, mesh=ps.expert_mesh["expert_replicate", "efsdp"])
+        fully_shard(block, mesh=ps.dense_mesh)
+    fully_shard(model, mesh=ps.dense_mesh)
+    return model

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_nucleus.core.models.presets import ModelShape
-from megatron_nucleus.core.parallel_state import ParallelState, create_groups, make_layout
+from megatron_nucleus.core.parallel_state import create_groups, make_layout
 from megatron_nucleus.export import merge as merge_module
 from megatron_nucleus.export import native
 from megatron_nucleus.export.load import load_model
@@ -20,27 +17,12 @@ from megatron_nucleus.export.merge import merge
 from megatron_nucleus.export.tensor_store import TensorStore
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
-from tests.export.conftest import EXTRA, TINY, MomentumOnly, random_model, save_run
+from tests.export.conftest import EXTRA, TINY, MomentumOnly, random_model, save_run, sharded_model
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
 STEPS = (3, 5, 6, 9)
-
-
-def sharded_model(shape: ModelShape, seed: int, ps: ParallelState) -> nn.Module:
-    """`random_model` with its experts over the expert mesh, each rank a part of everything else."""
-    model = random_model(shape, seed)
-    for block in model.blocks:
-        if block.is_moe:
-            experts = block.moe.experts
-            for name, parameter in list(experts.named_parameters()):
-                spread = distribute_tensor(parameter.detach(), ps.expert_mesh["ep"], [Shard(0)])
-                setattr(experts, name, nn.Parameter(spread))
-            fully_shard(experts, mesh=ps.expert_mesh["expert_replicate", "efsdp"])
-        fully_shard(block, mesh=ps.dense_mesh)
-    fully_shard(model, mesh=ps.dense_mesh)
-    return model
 
 
 class OneNumber(MomentumOnly):

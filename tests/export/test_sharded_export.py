@@ -7,9 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_nucleus.core.parallel_state import create_groups, make_layout
 from megatron_nucleus.export import native
@@ -17,7 +14,7 @@ from megatron_nucleus.export.convert import convert
 from megatron_nucleus.export.load import load_model
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.types import TrainState
-from tests.export.conftest import EXTRA, TINY, MomentumOnly, random_model, save_run
+from tests.export.conftest import EXTRA, TINY, MomentumOnly, random_model, save_run, sharded_model
 from tests.ranks import run_ranks
 from tests.support import tool
 
@@ -26,16 +23,7 @@ def save_sharded(run: Path, ep: int, replicate: int) -> None:
     """Step 6 of a run whose experts and dense weights lie on four ranks."""
     layout = make_layout(dist.get_world_size(), experts=TINY.num_experts, ep=ep, replicate=replicate)
     ps = create_groups(layout, torch.device("cpu"), dist.get_rank(), timeout_s=60)
-    model = random_model(TINY, seed=6)
-    for block in model.blocks:
-        if block.is_moe:
-            experts = block.moe.experts
-            for name, parameter in list(experts.named_parameters()):
-                spread = distribute_tensor(parameter.detach(), ps.expert_mesh["ep"], [Shard(0)])
-                setattr(experts, name, nn.Parameter(spread))
-            fully_shard(experts, mesh=ps.expert_mesh["expert_replicate", "efsdp"])
-        fully_shard(block, mesh=ps.dense_mesh)
-    fully_shard(model, mesh=ps.dense_mesh)
+    model = sharded_model(TINY, 6, ps)
     state = TrainState(model, MomentumOnly(model), 6, 48)
     saver = Checkpointer(run / "checkpoints", control=ps.control)
     saver.save(state, {**EXTRA, "model": native.shape_to_dict(TINY)})

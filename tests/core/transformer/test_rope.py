@@ -35,7 +35,7 @@ def rotation(position: tuple[int, int, int]) -> list[complex]:
     ]
 
 
-def close(actual, positions):
+def assert_rotations(actual, positions):
     want = torch.tensor([rotation(p) for p in positions], dtype=torch.complex128)
     torch.testing.assert_close(actual.to(torch.complex128), want, rtol=0, atol=1e-5)
 
@@ -50,13 +50,13 @@ def close(actual, positions):
 )
 def test_image_tokens_are_centred_on_the_image(grid, rows, columns):
     image, _ = rope_table(AXES, grid, 0, CPU)
-    close(image, [(0, r, c) for r in rows for c in columns])
+    assert_rotations(image, [(0, r, c) for r in rows for c in columns])
 
 
 @pytest.mark.parametrize(("grid", "first"), [((4, 6), 3), ((6, 4), 3), ((3, 5), 2), ((9, 1), 4)])
 def test_text_follows_behind_the_image_on_all_axes(grid, first):
     _, text = rope_table(AXES, grid, 4, CPU)
-    close(text, [(first + i,) * 3 for i in range(4)])
+    assert_rotations(text, [(first + i,) * 3 for i in range(4)])
 
 
 def test_it_is_a_rotation_of_neighbouring_pairs():
@@ -121,15 +121,15 @@ def test_relative_rotation_depends_on_differences_alone_in_every_shape(grid):
     image, text = rope_table(PUBLISHED_AXES, grid, TEXT_TOKENS, CPU)
     a, b = torch.randint(h * w, (2, 200), generator=generator)
     place_a, place_b = (torch.stack([torch.zeros_like(i), i // w, i % w], dim=1) for i in (a, b))
-    turned_by(image[a].conj() * image[b], place_b - place_a)
+    assert_turned_by(image[a].conj() * image[b], place_b - place_a)
     # Text token i stands at max(h//2, w//2) + i, image token (0, 0) at -ceil(h/2), -ceil(w/2).
     corner = torch.tensor([0, -(h - h // 2), -(w - w // 2)])
     i = torch.randint(TEXT_TOKENS, (200,), generator=generator)
     place_text = (max(h // 2, w // 2) + i)[:, None].expand(-1, 3)
-    turned_by(image[a].conj() * text[i], place_text - (place_a + corner))
+    assert_turned_by(image[a].conj() * text[i], place_text - (place_a + corner))
 
 
-def turned_by(rotation, differences):
+def assert_turned_by(rotation, differences):
     """Both of [n, K/2]: an fp32 angle of up to 64 radians is good to 4e-6, and three of them meet here."""
     dims = torch.tensor(PUBLISHED_AXES).double()
     angles = [
