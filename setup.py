@@ -20,7 +20,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"
 
 REQUIRES = [
     "torch>=2.11,<2.15",
-    "numpy>=1.26,<3",
+    "numpy>=2.0,<3",
     "pyyaml>=6",
     "pillow>=11",
     "pyarrow>=17",
@@ -37,6 +37,8 @@ HF = ["diffusers>=0.38,<1", "transformers>=5,<6", "accelerate>=1.10,<2"]
 EXTRAS = {
     "hf": HF,
     "triton": ["triton>=3.6; platform_system == 'Linux'"],
+    "ray": ["ray>=2.40"],
+    "caption": ["urllib3>=2.2"],
     "test": [
         *HF,
         "triton>=3.6; platform_system == 'Linux'",  # kernels run interpreted and are compiled without a GPU
@@ -44,6 +46,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "pytest-timeout>=2.3",
         "webdataset>=1.0",
+        "urllib3>=2.2",
+        "ray>=2.40",  # curation on a cluster; the tests start one with two workers on this machine
         "scikit-image>=0.24",
         "scikit-learn>=1.5",
         "ruff>=0.11",

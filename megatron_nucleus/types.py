@@ -15,10 +15,11 @@ Time is ``sigma`` in [0, 1]: 1 is noise, 0 is the clean latent (`core/flow.py`).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # curation imports this module in many processes, and importing torch takes over a second
+    import torch
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

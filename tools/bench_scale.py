@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_nucleus.training.run_folder import git_commit, versions
+from megatron_nucleus.training.run_folder import versions
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser, coerce
 from megatron_nucleus.utils.errors import ConfigError, UserError
 from megatron_nucleus.utils.files import write_json_atomic
 from megatron_nucleus.utils.hardware import hardware
+from megatron_nucleus.utils.revision import git_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "tools/bench_train.py"

@@ -1,43 +1,40 @@
-"""Images with captions -> checked, deduplicated, bucketed shards + Parquet index + report.html.
+"""Images with captions -> checked, deduplicated, scored, bucketed shards + Parquet index + report.html.
 
-The input is a folder of images (searched recursively) with NAME.txt or NAME.json captions beside them, or of
-WebDataset tars as img2dataset writes them, or both. Originals are only read. The same command goes on where a
-stopped one left off.
+The input is a folder of images (searched recursively) with NAME.txt or NAME.json captions beside them, of tables
+(CSV, JSONL, Parquet) that name image files, of WebDataset tars as img2dataset writes them, or of all of these.
+Originals are only read. The same command goes on where a stopped one left off. What runs, and in which order, is the
+recipe; a stage of your own is one line in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 
-from megatron_nucleus.data.curation.filters import CurationConfig
-from megatron_nucleus.data.curation.pipeline import EngineConfig, curate
+from megatron_nucleus.data.curation.pipeline import curate
+from megatron_nucleus.data.curation.settings import Settings
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser, add_arguments, load
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Sections of a curation config file."""
-
-    curation: CurationConfig
-    engine: EngineConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, curate, print."""
     parser = Parser(prog="curate.py", description=__doc__)
-    parser.add_argument("--input", required=True, metavar="DIR", help="folder of images or tars")
+    parser.add_argument("--input", required=True, metavar="DIR", help="folder of images, tables or tars")
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the data set, new or unfinished"
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML with sections curation and engine")
+    parser.add_argument("--config", metavar="FILE", help="YAML with a section per group of flags below")
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="also in a finished output: try the items again that failed for a passing reason, those alone",
+    )
     add_arguments(parser, Settings)
     cli.add_json_flag(parser)
     args = parser.parse_args(argv)
     settings = load(Settings, args, args.config)
-    result = curate(args.input, args.output, settings.curation, settings.engine)
+    result = curate(args.input, args.output, settings, retry_failed=args.retry_failed)
     _summary(result)
     if args.json:
         cli.print_json(result)
@@ -50,9 +47,14 @@ def _summary(result: dict) -> None:
     for verdict in ("rejected", "quarantined"):
         for reason, number in result[verdict].items():
             print(f"  {verdict} {number}: {reason}")
+    if result["retryable"]:
+        print(f"{result['retryable']} of them failed for a passing reason; --retry-failed tries them again")
     for small, large in result["merged_buckets"].items():
         print(f"  bucket {small} is small; its images joined {large}")
     print(f"buckets: {', '.join(f'{b} {n}' for b, n in result['buckets'].items())}")
+    for stage in result["stages"]:
+        if stage["wall_s"]:
+            print(f"  {stage['stage']}: {stage['images_per_s']:.0f} images/s", file=sys.stderr)
     if not result["already_complete"]:
         print(f"{result['images_per_s']:.0f} images/s, {result['wall_s']:.1f} s", file=sys.stderr)
     print(f"data set: {result['output']}\nreport: {result['report']}")

@@ -37,14 +37,13 @@ def prepare_stages(out: Path, data: str | None, count: int, scene_sizes: Sequenc
         sizes = ("--scene-sizes", *scene_sizes) if scene_sizes else ()
         flags = ("--output", f"{out}/corpus", "--count", str(count), *sizes)
         draw = Stage("draw the corpus", ("tools/make_scenes.py", *flags), fresh=(out / "corpus",))
-        return [draw, curate_stage(out, f"{out}/corpus", min_side_px=32)]
-    return [curate_stage(out, str(Path(data).resolve()), min_side_px=64)]
+        return [draw, curate_stage(out, f"{out}/corpus", "--config", "examples/scenes/curate.yaml")]
+    return [curate_stage(out, str(Path(data).resolve()), "--min-side-px", "64")]
 
 
-def curate_stage(out: Path, source: str, min_side_px: int) -> Stage:
-    """Full decode, size limits, duplicates, aspect buckets -> shards and index."""
-    flags = ("--input", source, "--output", f"{out}/data", "--min-side-px", str(min_side_px))
-    return Stage("curate", ("tools/curate.py", *flags))
+def curate_stage(out: Path, source: str, *settings: str) -> Stage:
+    """Full decode, limits, duplicates, scores, aspect buckets -> shards and index."""
+    return Stage("curate", ("tools/curate.py", "--input", source, "--output", f"{out}/data", *settings))
 
 
 def configurations(args: argparse.Namespace) -> list[Path]:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from megatron_nucleus.data import buckets
+from megatron_nucleus.data.buckets import BucketSize
 from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.utils.errors import ConfigError
-
-
-class BucketSize(NamedTuple):
-    """Image size of a bucket in training, and its image tokens."""
-
-    width_px: int
-    height_px: int
-    tokens: int
 
 
 def bucket_sizes(corpus: Corpus, resolution_px: int, multiple_px: int) -> dict[str, BucketSize]:

@@ -18,10 +18,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from megatron_nucleus.utils.errors import ConfigError, nearest
 
 BUCKETS = ("1024x1024", "1344x768", "768x1344", "1184x896", "896x1184", "1248x832", "832x1248")
+
+
+class BucketSize(NamedTuple):
+    """Image size of a bucket in training, and its image tokens."""
+
+    width_px: int
+    height_px: int
+    tokens: int
 
 
 def ratio(bucket: str) -> float:

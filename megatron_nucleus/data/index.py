@@ -16,7 +16,7 @@ from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.files import open_atomic, sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ROWS_PER_FILE = 50_000
 ROWS_PER_GROUP = 25_000
 _ROWS_PER_CHUNK = 5_000
@@ -35,6 +35,16 @@ CAPTION_TYPE = pa.struct(
     ]
 )
 SCORE_TYPE = pa.struct([("scorer", pa.string()), ("revision", pa.string()), ("value", pa.float32())])
+DUPLICATE_TYPE = pa.struct(  # a copy that is not in the data set, on the row that stands for it
+    [
+        ("id", pa.string()),
+        ("source_id", pa.string()),
+        ("source_url", pa.string()),
+        ("licence", pa.string()),
+        ("relation", pa.string()),  # exact_duplicate | pixel_duplicate | near_duplicate
+        ("distance", pa.int16()),  # bits in which the 64-bit hashes differ, where that was measured
+    ]
+)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -56,8 +66,9 @@ INDEX_SCHEMA = pa.schema(
         ("partition_key", pa.int16()),  # 0-999, from the id
         ("captions", pa.list_(CAPTION_TYPE)),
         ("scores", pa.list_(SCORE_TYPE)),
-        ("phash", pa.binary()),
-        ("phash_impl", pa.string()),
+        ("phash", pa.binary()),  # 8 bytes, the highest bit first
+        ("phash_impl", pa.string()),  # a hash of one implementation is not another's
+        ("duplicates", pa.list_(DUPLICATE_TYPE)),
         ("duplicate_cluster", pa.string()),  # id shared by a cluster, null for a single image
         ("duplicate_keep", pa.bool_()),
         ("reject_reason", pa.string()),  # null: the image is in use

@@ -1,6 +1,7 @@
 """``manifest.json``: what a data set folder holds. It is written last, so a folder that has one is complete.
 
-    manifest.json   shards/<bucket>-NNNNN.tar   index/part-NNNNN.parquet   quarantine/*.parquet   report.html
+    manifest.json   shards/<bucket>-NNNNN.tar   index/part-NNNNN.parquet   quarantine/*.parquet
+    report.html   report_funnel.png   stages/ (what every stage of curation measured)
 
 While a folder is being made it holds ``.building.json`` with the settings instead; the program that wrote it
 may go on, any other refuses the folder.
@@ -66,6 +67,13 @@ def _claim(folder: Path, tool: str, settings: dict) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / MARKER, wanted)
     return "new"
+
+
+def reopen(folder: str | Path, tool: str, settings: dict) -> None:
+    """Make a finished folder an unfinished one of the same settings, so that parts of it can be made again."""
+    folder = Path(folder)
+    write_json_atomic(folder / MARKER, json.loads(json.dumps({"tool": tool, **settings})))
+    (folder / MANIFEST).unlink()
 
 
 def _difference(found: Any, wanted: dict) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from megatron_nucleus.utils.files import exclusive, write_atomic, write_json_atomic
+from megatron_nucleus.utils.revision import git_commit
 
 log = logging.getLogger(__name__)
 
@@ -153,18 +153,6 @@ def _check_same_run(saved: dict, resolved: dict, folder: Path) -> None:
                 f"--run-dir {folder} holds a run with {section}.{key} = {before}, now it is {now}; "
                 f"keep {before} to resume it or choose another --run-dir"
             )
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree this package was imported from, with ``-dirty`` if changed; None outside git."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(megatron_nucleus.__file__).parent, capture_output=True, text=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:

@@ -13,9 +13,10 @@ from megatron_nucleus.inference.sampler import SamplerConfig, check_sampler
 from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.training.checkpointing.checkpointer import Checkpointer
 from megatron_nucleus.training.initialize import Encoders
-from megatron_nucleus.training.run_folder import git_commit, versions
+from megatron_nucleus.training.run_folder import versions
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.revision import git_commit
 
 log = logging.getLogger(__name__)
 

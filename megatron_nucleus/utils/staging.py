@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -43,7 +43,7 @@ def find_os_error(error: BaseException | None) -> OSError | None:
 def explain_write_error(error: OSError, target: Path, keeps: str) -> Exception:
     """ConfigError for a place that cannot be written, DataError for a full disk; ``keeps`` says what is still whole."""
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in FULL_DISK:
         return DataError(
             f"{target}: cannot be written ({reason}); free some space there and run again; {keeps}"
         )
@@ -66,7 +66,7 @@ def explain_writing(target: str | Path, keeps: str) -> Iterator[None]:
 def _concerns(error: OSError, target: Path) -> bool:
     """Whether it names a path in ``target`` or a folder above; write and fsync name none: whether a disk is full."""
     if not isinstance(error.filename, str | bytes):
-        return error.errno in _FULL
+        return error.errno in FULL_DISK
     named, target = Path(os.path.abspath(os.fsdecode(error.filename))), Path(os.path.abspath(target))
     return named.is_relative_to(target) or target.is_relative_to(named)
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_nucleus.data.batching import BucketSize
-from megatron_nucleus.data.bucket_report import CROP_LABELS, CropTally, bucket_report, format_report
-from megatron_nucleus.data.buckets import size
-from megatron_nucleus.data.curation.filters import CurationConfig
-from megatron_nucleus.data.curation.pipeline import EngineConfig, curate
+from megatron_nucleus.data.bucket_report import bucket_report, format_report
+from megatron_nucleus.data.buckets import BucketSize, size
+from megatron_nucleus.data.crop_tally import CROP_LABELS, CropTally
+from megatron_nucleus.data.curation.pipeline import curate
 from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.data.encode import EncodeConfig, encode_corpus
 from megatron_nucleus.data.encoders import DctCodec, NgramTextEncoder
@@ -21,6 +20,7 @@ from megatron_nucleus.data.index import INDEX_SCHEMA, iter_rows
 from megatron_nucleus.data.loader import DataConfig, build_loader
 from megatron_nucleus.utils.errors import ConfigError, DataError
 from tests.data.corpora import make_encoded
+from tests.data.curation.helpers import make_settings
 
 CONFIG = DataConfig(data_path="unused", resolution_px=64, num_workers=0, bucket_batch_multiple=2)
 
@@ -38,9 +38,7 @@ def curated(tmp_path_factory):
         (source / f"{i:02d}.json").write_text(json.dumps(side if i else {"caption": "noise 0"}))
     (source / "bad.png").write_bytes((source / "01.png").read_bytes()[:-3] + b"abc")
     (source / "bad.json").write_text('{"caption": "x", "tier": "gold"}')
-    result = curate(
-        source, output, CurationConfig(min_side_px=64, min_bucket_images=4), EngineConfig(workers=1)
-    )
+    result = curate(source, output, make_settings(min_bucket_images=4))
     return output, result
 
 

@@ -56,6 +56,7 @@ def test_the_schema_has_the_documented_columns():
         "scores",
         "phash",
         "phash_impl",
+        "duplicates",
         "duplicate_cluster",
         "duplicate_keep",
         "reject_reason",

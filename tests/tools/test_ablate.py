@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.data.curation.helpers import SCENES_CURATION
 from tests.support import ROOT, tool
 
 # Figures that differ from one execution to the next.
@@ -36,7 +37,7 @@ def suites(tmp_path) -> Path:
     }  # fmt: skip
     suite = {
         "base": "base.yaml",
-        "corpus": {"count": 64, "curation": {"min_side_px": 32}},
+        "corpus": {"count": 64, "curation": SCENES_CURATION},
         "text_tokens": 18,
         "budget_samples": 64,
         "seeds": [0, 1],

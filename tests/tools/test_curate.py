@@ -88,7 +88,7 @@ def test_the_last_line_is_the_json_object(program, capsys, tmp_path):
 def test_a_config_file_and_flags_on_top(program, capsys, tmp_path):
     source = fill(tmp_path / "in")
     config = tmp_path / "c.yaml"
-    config.write_text("curation: {min_side_px: 99, source: noise}\nengine: {workers: 1}\n")
+    config.write_text("inspect: {min_side_px: 99}\ncuration: {source: noise}\nengine: {workers: 1}\n")
     common = ("--input", source, "--output", tmp_path / "out", "--config", config)
     code, _, err = run(program, capsys, *common)
     assert code == 3
@@ -122,7 +122,7 @@ def test_errors_are_one_line_with_the_documented_code(program, capsys, tmp_path,
     fill(tmp_path / "BARE", 2)
     for path in (tmp_path / "BARE").glob("*.txt"):
         path.unlink()
-    (tmp_path / "BADKEY").write_text("curation: {min_side: 3}\n")
+    (tmp_path / "BADKEY").write_text("inspect: {min_side: 3}\n")
     names = {p.name for p in tmp_path.iterdir()} | {"OUT", "MISSING"}
     got, _, err = run(program, capsys, *(tmp_path / a if a in names else a for a in arguments))
     assert got == code
@@ -145,8 +145,8 @@ def test_a_signal_stops_with_code_4_and_the_same_command_finishes(tmp_path):
         env=environment,
         start_new_session=True,
     )
-    finished = tmp_path / "out" / ".work" / "inspect"
-    while process.poll() is None and not list(finished.glob("*.success.json")):
+    finished = tmp_path / "out" / "stages" / "01-inspect"
+    while process.poll() is None and not list(finished.glob("*/_SUCCESS.json")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
@@ -154,10 +154,11 @@ def test_a_signal_stops_with_code_4_and_the_same_command_finishes(tmp_path):
     assert err.strip().splitlines()[-1].endswith("the same command goes on from here")
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "manifest.json").exists()
-    first = {p: p.stat().st_mtime_ns for p in finished.glob("*.success.json")}
+    first = {p: p.stat().st_mtime_ns for p in finished.glob("*/_SUCCESS.json")}
     assert first
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout.splitlines()[-1])
     assert (result["seen"], result["kept"]) == (2100, 2100)
+    assert first.items() <= {p: p.stat().st_mtime_ns for p in finished.glob("*/_SUCCESS.json")}.items()
     assert len(open_corpus(tmp_path / "out")) == 2100

@@ -159,7 +159,15 @@ def test_the_ladder_end_to_end(short_ladder, tmp_path):
 def test_the_second_stage_starts_from_the_first_ones_exact_weights(short_ladder, tmp_path):
     out = tmp_path / "ladder"
     tool("make_scenes", "--output", out / "corpus", "--count", 64, "--scene-sizes", "128x128")
-    tool("curate", "--input", out / "corpus", "--output", out / "data", "--min-side-px", 32)
+    tool(
+        "curate",
+        "--input",
+        out / "corpus",
+        "--output",
+        out / "data",
+        "--config",
+        "examples/scenes/curate.yaml",
+    )
     flags = ("--data-path", out / "data", "--train-steps", 1)
     tool("train", "--config", short_ladder[0], "--run-dir", out / "first", *flags)
     still = ("--lr", 0, "--init-from", out / "first")  # a step at rate 0 changes nothing

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape
-from megatron_nucleus.data.curation.filters import CurationConfig
-from megatron_nucleus.data.curation.pipeline import EngineConfig, curate
+from megatron_nucleus.data.curation.pipeline import curate
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.export import native
 from megatron_nucleus.utils import cli
+from tests.data.curation.helpers import make_settings
 
 SHAPE = ModelShape(
     num_layers=1, num_attention_heads=2, attention_head_dim=16, num_key_value_heads=1, text_dim=256,
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
     for i in range(4):
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(root / "images" / f"{i}.png")
         (root / "images" / f"{i}.txt").write_text(f"noise {i}")
-    curate(root / "images", root / "curated", CurationConfig(min_side_px=32), EngineConfig(workers=1))
+    curate(root / "images", root / "curated", make_settings(min_side_px=32))
     step = root / "run" / "checkpoints" / "step_00000003"
     (step / "model").mkdir(parents=True)
     save_file(NucleusTransformer(SHAPE).state_dict(), step / "model" / "model.safetensors")

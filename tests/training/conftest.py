@@ -16,8 +16,9 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     tool("make_scenes", "--output", folder / "raw", "--count", 128)
     tool(
-        "curate", "--input", folder / "raw", "--output", folder / "data", "--min-side-px", 32, "--workers", 1
-    )
+        "curate", "--input", folder / "raw", "--output", folder / "data", "--workers", 1,
+        "--config", "examples/scenes/curate.yaml",
+    )  # fmt: skip
     return folder / "data"
 
 

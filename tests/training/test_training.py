@@ -172,8 +172,8 @@ def test_changed_run_is_refused(config_file, tmp_path, corpus):
         tmp_path / "raw",
         "--output",
         tmp_path / "other",
-        "--min-side-px",
-        32,
+        "--config",
+        "examples/scenes/curate.yaml",
         "--workers",
         1,
     )

@@ -1,196 +1,199 @@
-"""Last stage: original bytes into shards, one aspect bucket per shard, and the index rows that say where they lie."""
+"""The end of curation: which image goes into which shard, the shards themselves, and the index of all of them.
+
+One aspect bucket per shard, images in the order of the input. The plan depends on nothing but the rows.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_nucleus.data import buckets, index, shards
-from megatron_nucleus.data.curation import readers
-from megatron_nucleus.data.curation.dedup import Decisions
-from megatron_nucleus.data.curation.filters import CurationConfig
-from megatron_nucleus.data.images import UnusableImage
+from megatron_nucleus.data.curation import store as tables
+from megatron_nucleus.data.curation.engines import WorkerDied
+from megatron_nucleus.data.curation.runner import Run
+from megatron_nucleus.data.curation.settings import CurationConfig
+from megatron_nucleus.data.curation.shard_task import Packed, ShardTask, finished, version, write_shard
+from megatron_nucleus.data.curation.store import Store
 from megatron_nucleus.utils.errors import DataError
 
+PACK = "pack"
 _JSON_ESTIMATE_BYTES = 1024  # only to decide where a shard ends
 
 
-class PackTask(NamedTuple):
-    """One shard to write. position: of each sample among all inspected ones; task, row: where its row lies.
+class Kept(NamedTuple):
+    """The rows to pack, as columns of equal length in input order.
 
-    merged: position -> captions and provenance taken over from duplicates.
+    part: number of the part; position: in it. width_px, height_px as displayed. length: bytes of the file.
     """
 
-    name: str
-    bucket: str
-    input_root: str
-    output_root: str
-    inspected: str
-    task_names: tuple[str, ...]
-    task: np.ndarray
-    row: np.ndarray
-    merged: dict[tuple[int, int], dict]
-    stage_versions: dict[str, str]
+    part: np.ndarray
+    position: np.ndarray
+    width_px: np.ndarray
+    height_px: np.ndarray
+    length: np.ndarray
 
 
-class InputChanged(DataError):
-    """An input file is no longer what was inspected."""
+def load_kept(store: Store, level: int, parts: Sequence[str]) -> Kept:
+    """The columns that planning needs, of all rows that are alive after the last stage."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in Kept._fields}
+    for number, part in enumerate(parts):
+        table = store.read(level, part, ["width_px", "height_px", "length"])
+        columns["part"].append(np.full(len(table), number, np.int32))
+        for name in Kept._fields[1:]:
+            columns[name].append(table[name].to_numpy())
+    return Kept(*(np.concatenate(columns[name]) for name in Kept._fields))
 
 
-def assign_buckets(decisions: Decisions, min_images: int) -> tuple[np.ndarray, dict[str, str]]:
-    """Bucket number (in `buckets.BUCKETS`, -1 where not kept) of every position, after merging small buckets.
+def assign_buckets(kept: Kept, min_images: int) -> tuple[np.ndarray, dict[str, str]]:
+    """Bucket number (in `buckets.BUCKETS`) of every row, after merging small buckets.
 
     Also returns ``{small bucket: bucket that took its images}``.
     """
-    sizes, inverse = np.unique(
-        np.stack([decisions.width_px, decisions.height_px], axis=1), axis=0, return_inverse=True
-    )
+    sizes, inverse = np.unique(np.stack([kept.width_px, kept.height_px], axis=1), axis=0, return_inverse=True)
     numbers = np.array([buckets.BUCKETS.index(buckets.assign(int(w), int(h))) for w, h in sizes], np.int64)
     assigned = numbers[inverse.reshape(-1)]
-    counts = np.bincount(assigned[decisions.keep], minlength=len(buckets.BUCKETS))
+    counts = np.bincount(assigned, minlength=len(buckets.BUCKETS))
     final = buckets.merge_small(dict(zip(buckets.BUCKETS, counts.tolist(), strict=True)), min_images)
     table = np.array([buckets.BUCKETS.index(final.get(b, b)) for b in buckets.BUCKETS])
-    assigned = np.where(decisions.keep, table[assigned], -1)
-    return assigned, {b: f for b, f in final.items() if b != f}
+    return table[assigned], {b: f for b, f in final.items() if b != f}
 
 
-def plan_shards(decisions: Decisions, assigned: np.ndarray, max_bytes: int) -> list[tuple[str, np.ndarray]]:
-    """(shard name, positions) in bucket order, samples in input order; depends on nothing but the decisions."""
+def plan_shards(kept: Kept, assigned: np.ndarray, max_bytes: int) -> list[tuple[str, np.ndarray]]:
+    """(shard name, row numbers) in bucket order, rows in input order; depends on nothing but the rows."""
     plan = []
     for number, bucket in sorted(enumerate(buckets.BUCKETS), key=lambda pair: pair[1]):
-        positions = np.flatnonzero(assigned == number)
+        rows = np.flatnonzero(assigned == number)
         block = shards.BLOCK_BYTES
-        lengths = -(-decisions.length[positions] // block) * block + 2 * block + _JSON_ESTIMATE_BYTES
-        start, size, parts = 0, 0, []
+        lengths = -(-kept.length[rows] // block) * block + 2 * block + _JSON_ESTIMATE_BYTES
+        start, size, pieces = 0, 0, []
         for i, length in enumerate(lengths.tolist()):
             if size and size + length > max_bytes:
-                parts.append(positions[start:i])
+                pieces.append(rows[start:i])
                 start, size = i, 0
             size += length
-        if len(positions):
-            parts.append(positions[start:])
-        plan += [(shards.shard_name(bucket, i), part) for i, part in enumerate(parts)]
+        if len(rows):
+            pieces.append(rows[start:])
+        plan += [(shards.shard_name(bucket, i), piece) for i, piece in enumerate(pieces)]
     return plan
 
 
-def pack_task(
-    task: PackTask,
-    config: CurationConfig,
-    folder: Path,
-    skip: frozenset[int],
-    started: Callable[[int], object],
-) -> dict:
-    """Write one shard and ``<task>.parquet`` with its index rows.
+def pieces_of(kept: Kept, rows: np.ndarray, parts: Sequence[str]) -> tuple[tuple[str, np.ndarray], ...]:
+    """(part, positions) of some rows, in their order."""
+    numbers = kept.part[rows]
+    edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
+    return tuple(
+        (parts[int(numbers[low])], kept.position[rows[low:high]]) for low, high in itertools.pairwise(edges)
+    )
 
-    Besides the counts of the stage contract: ``shard`` (a `ShardInfo`), ``captions`` and ``sources`` (numbers).
+
+def entry_of(pieces: Sequence[tuple[str, np.ndarray]], facts: Any, results: dict[str, str]) -> str:
+    """Hash of what goes into a shard: its rows, the chain hashes of their parts, and ``facts`` (settings, versions)."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part, positions in pieces:
+        digest.update(f"{part} {results[part]} ".encode())
+        digest.update(np.ascontiguousarray(positions, np.int32).tobytes())
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSet:
+    """The shards of a data set. tables: of their index rows. moved: small bucket -> bucket that took its images."""
+
+    shards: list[Packed]
+    tables: list[Path]
+    moved: dict[str, str]
+
+
+def pack_all(
+    output: Path,
+    run: Run,
+    config: CurationConfig,
+    versions: Mapping[str, str],
+    progress: Callable[[int], Any] = lambda images: None,
+) -> PackedSet:
+    """Bring all shards of a data set up to date.
+
+    versions: stage name -> version, stored with every row. progress: called with the images of each shard.
 
     Raises:
         InputChanged: an input file is no longer what was inspected.
+        DataError: a worker was lost.
     """
-    shard = shards.ShardFile(task.output_root, f"shards/{task.name}.tar", task.bucket)
-    rows = []
-    try:
-        for number, (place, row) in enumerate(_rows(task)):
-            started(number)
-            row.update(task.merged.get(place, {}))
-            payload = _read_again(task.input_root, row, config)
-            info = _sample_info(row, config)
-            location = shard.add(row["id"], {row["extension"]: payload, "json": shards.encode_json(info)})
-            rows.append(_index_row(row, location, task, config))
-    except BaseException:
-        shard.abort()
-        raise
-    done = shard.close()
-    schema = index.tagged(index.INDEX_SCHEMA)
-    index.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{task.name}.parquet")
-    captions = [c for row in rows for c in row["captions"]]
-    return {
-        "in": len(rows),
-        "kept": len(rows),
-        "rejected": {},
-        "quarantined": {},
-        "shard": list(done),
-        "captions": dict(sorted(Counter(c["length_class"] for c in captions).items())),
-        "sources": dict(sorted(Counter(c["source"] for c in captions).items())),
-    }
+    folder = Path(run.store.work) / f"{len(run.store.levels):02d}-{PACK}"
+    folder.mkdir(exist_ok=True)
+    kept = load_kept(run.store, len(run.store.levels) - 1, run.parts)
+    assigned, moved = assign_buckets(kept, config.min_bucket_images)
+    tasks = _tasks(output, folder, run, config, {**versions, PACK: version()}, kept, assigned)
+    _clear_shards(output / "shards", folder, {task.name for task in tasks})
+    done = {task.name: packed for task in tasks if (packed := finished(task)) is not None}
+    for packed in done.values():
+        progress(packed.shard.samples)
+    for task, result in run.engine.map(write_shard, [task for task in tasks if task.name not in done]):
+        if isinstance(result, WorkerDied):
+            raise DataError(f"packing {task.name}: a worker was lost ({result.detail}); run again")
+        done[task.name] = result
+        progress(result.shard.samples)
+    rows = [folder / task.name / tables.ROWS for task in tasks]
+    return PackedSet([done[task.name] for task in tasks], rows, moved)
 
 
-def _rows(task: PackTask) -> Iterator[tuple[tuple[int, int], dict]]:
-    """((task, row), inspected row) of every sample in order, one table in memory at a time."""
-    edges = [0, *(np.flatnonzero(np.diff(task.task)) + 1).tolist(), len(task.task)]
-    for low, high in itertools.pairwise(edges):
-        number = int(task.task[low])
-        table = pq.read_table(Path(task.inspected) / f"{task.task_names[number]}.parquet", partitioning=None)
-        rows = task.row[low:high]
-        for place, row in zip(rows.tolist(), table.take(rows).to_pylist(), strict=True):
-            yield (number, place), row
+def _tasks(
+    output: Path,
+    folder: Path,
+    run: Run,
+    config: CurationConfig,
+    versions: dict[str, str],
+    kept: Kept,
+    assigned: np.ndarray,
+) -> list[ShardTask]:
+    level = len(run.store.levels) - 1
+    results = {part: run.store.finished(level, part).result for part in run.parts}
+    tasks = []
+    for tar, rows in plan_shards(kept, assigned, config.max_shard_bytes):
+        pieces = pieces_of(kept, rows, run.parts)
+        bucket = buckets.BUCKETS[int(assigned[rows[0]])]
+        tasks.append(
+            ShardTask(
+                name=Path(tar).stem,
+                bucket=bucket,
+                store=run.store,
+                level=level,
+                folder=str(folder),
+                output=str(output),
+                pieces=pieces,
+                source=run.source,
+                collection=config.source,
+                versions=versions,
+                entry=entry_of(pieces, [tar, bucket, config.source, versions], results),
+            )
+        )
+    return tasks
 
 
-def _read_again(root: str, row: dict, config: CurationConfig) -> bytes:
-    reference = readers.Reference(row["container"], row["offset"], row["length"])
-    try:
-        payload = readers.read_reference(root, reference, config.max_file_bytes)
-    except UnusableImage as error:
-        raise InputChanged(
-            f"{root}: {row['item']} can no longer be read ({error.detail}); run again"
-        ) from error
-    if hashlib.sha256(payload).hexdigest() != row["id"]:
-        raise InputChanged(f"{root}: {row['item']} changed while it was being curated; run again")
-    return payload
+def _clear_shards(shards_folder: Path, folder: Path, wanted: set[str]) -> None:
+    """Remove shards of an earlier plan, and what killed processes left."""
+    for path in shards_folder.glob("*"):
+        if path.name.removesuffix(".tar") not in wanted:
+            path.unlink()
+    for path in folder.iterdir():
+        if path.name not in wanted:
+            shutil.rmtree(path)
 
 
-def _sample_info(row: dict, config: CurationConfig) -> dict:
-    """Content of ``<id>.json``."""
-    info = {
-        "id": row["id"],
-        "source": config.source,
-        "source_id": row["item"],
-        "source_url": row["source_url"],
-        "licence": row["licence"],
-        "attribution": row["attribution"],
-        "width_px": row["width_px"],
-        "height_px": row["height_px"],
-        "exif_orientation": row["exif_orientation"],
-        "captions": [{k: v for k, v in c.items() if v is not None} for c in row["captions"]],
-    }
-    info |= {name: row[name] for name in ("tier", "episode_bucket") if row[name] is not None}
-    if row.get("duplicates"):
-        info["duplicates"] = row["duplicates"]
-    if row["metadata"]:
-        info["metadata"] = json.loads(row["metadata"])
-    return info
-
-
-def _index_row(row: dict, location: shards.Location, task: PackTask, config: CurationConfig) -> dict:
-    return {
-        "id": row["id"],
-        "source_id": row["item"],
-        "source": config.source,
-        "source_url": row["source_url"],
-        "licence": row["licence"],
-        "attribution": row["attribution"],
-        "tar": location.tar,
-        "offset": location.offset,
-        "length": location.length,
-        "width_px": row["width_px"],
-        "height_px": row["height_px"],
-        "exif_orientation": row["exif_orientation"],
-        "aspect_bucket": task.bucket,
-        "tier": row["tier"],
-        "episode_bucket": row["episode_bucket"],
-        "partition_key": index.partition_key(row["id"]),
-        "captions": row["captions"],
-        "scores": [],
-        "duplicate_cluster": row["id"] if row.get("duplicates") else None,
-        "duplicate_keep": True,
-        "stage_versions": task.stage_versions,
-    }
+def write_index(output: Path, packed: PackedSet) -> list[dict]:
+    """The Parquet index of all shards, as `index.ParquetParts.close` describes it."""
+    shutil.rmtree(output / "index", ignore_errors=True)
+    parts = index.ParquetParts(output / "index", index.INDEX_SCHEMA)
+    for path in packed.tables:
+        parts.add_table(pq.read_table(path, partitioning=None))
+    return parts.close()

@@ -1,85 +1,113 @@
-"""Curation from end to end: scan -> inspect -> exact duplicates -> aspect buckets -> pack -> index -> report.
+"""Curation from end to end: scan -> the stages of the recipe -> aspect buckets -> shards -> index -> report.
 
 Output is complete when ``manifest.json`` is there. Everything before it is written under a temporary name and
-renamed, and finished tasks are found again, so the same command goes on where a killed run stopped, unless the
-input was touched since. The result depends on the input and the settings, not on the number of workers.
+renamed, and finished parts are found again, so the same command goes on where a killed run stopped. The result depends
+on the input and the settings, not on the engine or the number of workers.
+
+The tables of all stages stay in ``OUTPUT/stages`` (`store`): what was measured of every image that was seen, kept or
+not. ``retry_failed`` uses them to run again only what failed for a passing reason.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import contextlib
+import itertools
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from megatron_nucleus.data import buckets, images, index, manifest, shards
-from megatron_nucleus.data.curation import captions, dedup, filters, pack, readers, report, runner
-from megatron_nucleus.data.curation.filters import CurationConfig
-from megatron_nucleus.utils.config import knob
+from megatron_nucleus.data import index, manifest
+from megatron_nucleus.data.curation import pack, readers, recipe, report, runner, shard_task
+from megatron_nucleus.data.curation import store as tables
+from megatron_nucleus.data.curation.engines import WorkerDied, open_engine
+from megatron_nucleus.data.curation.settings import Settings
+from megatron_nucleus.data.curation.stage import PayloadSource
+from megatron_nucleus.data.curation.store import Record, Store
+from megatron_nucleus.utils.config import to_dict
 from megatron_nucleus.utils.errors import ConfigError, DataError
-from megatron_nucleus.utils.files import exclusive, write_atomic
+from megatron_nucleus.utils.files import exclusive
 from megatron_nucleus.utils.staging import explain_writing
 
+log = logging.getLogger(__name__)
+
 TOOL = "curate"
-_WORK = ".work"
-_STAMP = "input_stamp"  # of the input that the work was done on
+STAGES = "stages"
+_CAPTION_HELP = 'put NAME.txt (the caption) or NAME.json ({"caption": "..."}) beside NAME.jpg'
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """Where the work runs; changes nothing in the result."""
+class StageResult(NamedTuple):
+    """A stage's figures over the whole input. counts: in, kept, rejected, quarantined. wall_s: 0 when it was done."""
 
-    engine: str = knob("local", "local: a process pool on this machine", choices=("local",))
-    workers: int = knob(0, "processes; 0: one per core this process may use, 1: no pool", unit="processes")
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ConfigError(f"--workers {self.workers}: 0 or more")
-
-    def worker_count(self) -> int:
-        """Processes to use."""
-        return self.workers or len(os.sched_getaffinity(0))
+    name: str
+    version: str
+    counts: dict[str, Any]
+    notes: dict[str, int]
+    retry: int
+    wall_s: float
 
 
 def curate(
-    source: str | Path,
-    output: str | Path,
-    config: CurationConfig | None = None,
-    engine: EngineConfig | None = None,
+    source: str | Path, output: str | Path, settings: Settings | None = None, *, retry_failed: bool = False
 ) -> dict:
     """Curate the images under ``source`` into the data set folder ``output``; returns the counts and paths.
 
     Running it again on a finished output with the same input (by names and sizes) and settings does nothing and
-    says so (``already_complete``).
+    says so (``already_complete``), unless ``retry_failed`` finds rows that failed for a passing reason.
 
     Raises:
-        ConfigError: a missing input, or an output folder in use for something else or that cannot be written.
+        ConfigError: a missing input, a recipe that cannot run, or an output folder in use for something else or that
+            cannot be written.
         DataError: nothing to use in the input, with the reasons; an input that changes meanwhile; a full disk.
     """
-    config, engine = config or CurationConfig(), engine or EngineConfig()
+    settings = settings or Settings()
     source, output = Path(source), Path(output)
     started = time.perf_counter()
-    found = readers.scan(source)
+    lines = recipe.resolve(settings.recipe, settings.stage_sections())
+    found = readers.scan(source, settings.readers)
     _check_folders(source, output)
-    _check_input(source, found)
-    settings = {"input_fingerprint": found.fingerprint, "curation": dataclasses.asdict(config)}
-    state = manifest.claim_output(output, TOOL, settings)
-    if state != "complete" or (output / _WORK).exists():
+    _check_input(source, found, lines)
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    claimed = _claimed_settings(settings, lines, found)
+    state = manifest.claim_output(output, TOOL, claimed)
+    timings: list[StageResult] = []
+    if state == "complete" and retry_failed and _has_failed(output):
+        manifest.reopen(output, TOOL, claimed)
+        state = "resume"
+    if state != "complete":
         keeps = "finished work is kept, and the same command goes on from there"
         with explain_writing(output, keeps), exclusive(output, "--output"):
-            if state != "complete":
-                _run(source, output, found, config, engine, settings)
+            timings = _run(source, output, found, settings, lines, claimed, retry_failed)
             _tidy(output)
+    return _summary(output, state == "complete", time.perf_counter() - started, timings)
+
+
+def _claimed_settings(settings: Settings, lines: Sequence[recipe.Line], found: readers.Scan) -> dict:
+    """All that decides the content, as plain values."""
+    raw = settings.recipe.stages.lines
+    stages = [
+        {"stage": line.name, "from": given.spec, "settings": line.settings}
+        for line, given in zip(lines, raw, strict=True)
+    ]
+    return {
+        "input_fingerprint": found.fingerprint,
+        "recipe": stages,
+        "readers": to_dict(settings.readers),
+        "curation": to_dict(settings.curation),
+    }
+
+
+def _summary(output: Path, already: bool, wall_s: float, timings: Sequence[StageResult]) -> dict:
     made, _ = manifest.read_manifest(output)
-    wall_s = time.perf_counter() - started
-    rate = 0.0 if state == "complete" else made["counts"]["seen"] / wall_s
     return {
         **made["counts"],
         "output": str(output.absolute()),
@@ -88,10 +116,18 @@ def curate(
         "report": str((output / "report.html").absolute()),
         "buckets": {b: v["samples"] for b, v in made["buckets"].items()},
         "merged_buckets": made["merged_buckets"],
-        "already_complete": state == "complete",
+        "stages": [
+            {"stage": t.name, **t.counts, "wall_s": t.wall_s, "images_per_s": _rate(t.counts["in"], t.wall_s)}
+            for t in timings
+        ],
+        "already_complete": already,
         "wall_s": wall_s,
-        "images_per_s": rate,
+        "images_per_s": 0.0 if already else _rate(made["counts"]["seen"], wall_s),
     }
+
+
+def _rate(count: int, wall_s: float) -> float:
+    return count / wall_s if wall_s > 0 else 0.0
 
 
 def _check_folders(source: Path, output: Path) -> None:
@@ -100,31 +136,34 @@ def _check_folders(source: Path, output: Path) -> None:
         raise ConfigError(f"--output {output}: must lie beside --input {source}, not inside or around it")
 
 
-def _check_input(source: Path, found: readers.Scan) -> None:
+def _check_input(source: Path, found: readers.Scan, lines: Sequence[recipe.Line]) -> None:
     if not found.tasks:
         raise DataError(
             f"{source}: no images and no .tar files in it; give a folder of images with .txt or .json captions "
-            "beside them, or of WebDataset tars"
-        )
-    if not found.tars and not any(item.sidecars for task in found.tasks for item in task.items):
-        raise DataError(
-            f"{source}: {found.files} files and not one has a caption; put NAME.txt (the caption) or NAME.json "
-            '({"caption": "..."}) beside NAME.jpg'
+            "beside them, of tables that name image files, or of WebDataset tars"
         )
 
+    if not any(line.settings.get("require_captions") for line in lines):
+        return
+    in_folder_only = not found.tars and not found.tables
+    if in_folder_only and not any(item.sidecars for task in found.tasks for item in task.items):
+        raise DataError(f"{source}: {found.files} files and not one has a caption; {_CAPTION_HELP}")
 
-def _open_work(work: Path, stamp: str) -> None:
-    """Keep what an earlier attempt did only when no input file was touched since."""
-    path = work / _STAMP
-    if work.is_dir() and not (path.is_file() and path.read_text() == stamp):
-        shutil.rmtree(work)
-    work.mkdir(exist_ok=True)
-    write_atomic(path, stamp)
+
+def _has_failed(output: Path) -> bool:
+    """Whether any finished part has rows worth another try."""
+    for path in (output / STAGES).glob("*/*/" + tables.SUCCESS):
+        if path.parent.parent.name.endswith(f"-{pack.PACK}"):
+            continue
+        level = tables.Level(int(path.parent.parent.name[:2]), path.parent.parent.name[3:], ())
+        record = Store(str(output / STAGES), (level,)).record(0, path.parent.name)
+        if record is not None and record.retry:
+            return True
+    return False
 
 
 def _tidy(output: Path) -> None:
-    """Remove intermediate files of a finished data set, and what a killed process left half written."""
-    shutil.rmtree(output / _WORK, ignore_errors=True)
+    """Remove what a killed process left half written."""
     for path in output.glob(".*.tmp*"):
         path.unlink()
 
@@ -133,148 +172,178 @@ def _run(
     source: Path,
     output: Path,
     found: readers.Scan,
-    config: CurationConfig,
-    engine: EngineConfig,
-    settings: dict,
-) -> None:
-    work, workers = output / _WORK, engine.worker_count()
-    _open_work(work, found.stamp)
-    inspect = runner.make_stage(
-        "inspect", filters.inspect_task, config, [filters, readers, captions, images], found.fingerprint
-    )
-    known = found.files if not found.tars else None
-    with _progress("inspect", known) as bar:
-        results = runner.run_stage(inspect, found.tasks, work / "inspect", workers, _advance(bar))
-    counts = runner.total(results)
-    _check_captions(source, results)
-    names = [task.name for task in found.tasks]
-    decisions = dedup.decide(work / "inspect", names)
-    merged, duplicates = dedup.merge_duplicates(work / "inspect", names, decisions)
-    counts = _reconcile(counts, found, decisions, len(duplicates))
-    quarantine = _write_quarantine(output, work / "inspect", names, duplicates)
-    if not counts["kept"]:
-        report.write(output, source, config, counts, {}, {}, work / "inspect", names, decisions)
-        raise DataError(_nothing_left(source, output, counts, quarantine))
-    assigned, moved = pack.assign_buckets(decisions, config.min_bucket_images)
-    try:
-        packed = _pack(source, output, names, decisions, assigned, merged, config, inspect, workers)
-    except pack.InputChanged:  # what was found out about the input no longer holds, and with it the plan
-        shutil.rmtree(work)
-        raise
-    counts["captions"] = _sum(p["captions"] for p in packed)
-    counts["caption_sources"] = _sum(p["sources"] for p in packed)
-    infos = [shards.ShardInfo(*p["shard"]) for p in packed]
-    index_files = _write_index(output, work / "pack", infos)
-    bucket_counts = _sum({info.bucket: info.samples} for info in infos)
-    report.write(output, source, config, counts, bucket_counts, moved, work / "inspect", names, decisions)
+    settings: Settings,
+    lines: tuple[recipe.Line, ...],
+    claimed: dict,
+    retry: bool,
+) -> list[StageResult]:
+    store = Store(str(output / STAGES), recipe.levels(lines))
+    limits = settings.curation
+    source_of = PayloadSource(str(source), limits.max_file_bytes, limits.max_pixels)
+    parts = tuple(task.name for task in found.tasks)
+    with contextlib.closing(open_engine(settings.engine)) as engine:
+        run = runner.Run(store, parts, engine, source_of, retry)
+        _remove_other_levels(store)
+        results = [_list(run, found)]
+        for level, line in enumerate(lines, 1):
+            results.append(_run_level(run, level, line))
+            _check_captions(source, level, results)
+        counts = _reconcile(results, found)
+        quarantine = _write_quarantine(output, run)
+        if not counts["kept"]:
+            report.write(output, source, settings, counts, results, run, None)
+            raise DataError(_nothing_left(source, output, counts, quarantine))
+        try:
+            versions = {result.name: result.version for result in results[1:]}
+            with _progress(pack.PACK, counts["kept"]) as bar:
+                packed = pack.pack_all(output, run, settings.curation, versions, bar.update)
+        except shard_task.InputChanged as change:  # what was found out about that part no longer holds
+            store.forget(change.part)
+            raise
+    counts["captions"] = _sum(p.captions for p in packed.shards)
+    counts["caption_sources"] = _sum(p.sources for p in packed.shards)
+    infos = [p.shard for p in packed.shards]
+    index_files = pack.write_index(output, packed)
+    report.write(output, source, settings, counts, results, run, packed)
     manifest.write_manifest(
         output,
         tool=TOOL,
-        settings=settings,
+        settings=claimed,
         shards=infos,
         index_files=index_files,
         counts=counts,
-        merged_buckets=moved,
+        merged_buckets=packed.moved,
+        extra={"stages": _stage_facts(results), "inputs": _inputs(run, found)},
+    )
+    return results
+
+
+def _remove_other_levels(store: Store) -> None:
+    """Folders of stages that the recipe no longer has in that place."""
+    wanted = {level.folder for level in store.levels} | {f"{len(store.levels):02d}-{pack.PACK}"}
+    for path in Path(store.work).glob("*"):
+        if path.name not in wanted:
+            shutil.rmtree(path)
+
+
+def _list(run: runner.Run, found: readers.Scan) -> StageResult:
+    """Level 0: the items of every part, as the readers find them."""
+    started = time.perf_counter()
+    pending = []
+    for task in found.tasks:
+        record = run.store.record(0, task.name)
+        if record is None or record.input != task.stamp:
+            pending.append(_ListTask(run.store, task))
+    Path(run.store.work, run.store.levels[0].folder).mkdir(parents=True, exist_ok=True)
+    for task, result in run.engine.map(list_part, pending):
+        if isinstance(result, WorkerDied):
+            raise DataError(f"listing {task.task.name}: a worker was lost ({result.detail}); run again")
+    counts = tables.total(record.counts for record in _records(run, 0))
+    return StageResult("list", "", counts, {}, 0, time.perf_counter() - started if pending else 0.0)
+
+
+class _ListTask(NamedTuple):
+    store: Store
+    task: readers.Task
+
+
+def list_part(job: _ListTask) -> Record:
+    """Write the items of one part; called in a worker."""
+    table = readers.list_part(job.task)
+    columns = {"position": np.arange(len(table), dtype=np.int32), **{n: table[n] for n in table.column_names}}
+    for field in recipe.START_SCHEMA:
+        if field.name not in columns:
+            empty = [] if pa.types.is_list(field.type) else None
+            columns[field.name] = pa.array([empty] * len(table), field.type)
+    numbered = pa.table(columns, schema=pa.schema([tables.POSITION, *recipe.START_SCHEMA]))
+    nothing = tables.DROPPED_SCHEMA.empty_table()
+    return job.store.write(0, job.task.name, numbered, nothing, version="", entry=job.task.stamp)
+
+
+def _records(run: runner.Run, level: int) -> list[Record]:
+    return [run.store.finished(level, part) for part in run.parts]
+
+
+def _run_level(run: runner.Run, level: int, line: recipe.Line) -> StageResult:
+    started = time.perf_counter()
+    arrived = sum(record.counts["kept"] for record in _records(run, level - 1))
+    with _progress(line.name, arrived) as bar:
+        records = runner.run_stage(run, level, line, lambda record: bar.update(record.counts["in"]))
+    stage, settings = line.load()
+    counts = tables.total(record.counts for record in records)
+    notes: dict[str, int] = {}
+    for record in records:
+        notes = tables.add_counts(notes, record.notes)
+    retry = sum(record.retry for record in records)
+    return StageResult(
+        line.name, stage.version(settings), counts, notes, retry, time.perf_counter() - started
     )
 
 
-def _pack(
-    source: Path,
-    output: Path,
-    names: list[str],
-    decisions: dedup.Decisions,
-    assigned: np.ndarray,
-    merged: dict[int, dict],
-    config: CurationConfig,
-    inspect: runner.Stage,
-    workers: int,
-) -> list[dict]:
-    stage = runner.make_stage(
-        "pack", pack.pack_task, config, [pack, dedup, buckets, shards, index], inspect.version
-    )
-    versions = {"inspect": inspect.version, "pack": stage.version}
-    plan = pack.plan_shards(decisions, assigned, config.max_shard_bytes)
-    tasks = []
-    for tar, positions in plan:
-        extra = {p: merged[p] for p in positions.tolist() if p in merged}
-        tasks.append(
-            pack.PackTask(
-                name=Path(tar).stem,
-                bucket=buckets.BUCKETS[int(assigned[positions[0]])],
-                input_root=str(source),
-                output_root=str(output),
-                inspected=str(output / _WORK / "inspect"),
-                task_names=tuple(names),
-                task=decisions.task[positions],
-                row=decisions.row[positions],
-                merged={(int(decisions.task[p]), int(decisions.row[p])): v for p, v in extra.items()},
-                stage_versions=versions,
-            )
+def _check_captions(source: Path, level: int, results: Sequence[StageResult]) -> None:
+    """Say at once that an input has no captions at all, when that is why nothing is left."""
+    counts = results[-1].counts
+    if level == 1 and not counts["kept"] and counts["quarantined"].get("missing_caption"):
+        raise DataError(
+            f"{source}: {counts['in']} items and not one usable image has a caption; {_CAPTION_HELP}, in the folder "
+            "or in the tar, or give --no-require-captions and a recipe with a captioner"
         )
-    wanted = {tar for tar, _ in plan}
-    for path in (output / "shards").glob("*"):  # of an earlier, unfinished plan
-        if f"shards/{path.name}" not in wanted:
-            path.unlink()
-    _forget_lost_shards(output / _WORK / "pack", output / "shards")
-    with _progress("pack", int(decisions.keep.sum())) as bar:
-        return runner.run_stage(stage, tasks, output / _WORK / "pack", workers, _advance(bar))
 
 
-def _forget_lost_shards(records: Path, folder: Path) -> None:
-    for path in records.glob("*.success.json"):
-        if not (folder / f"{path.name.removesuffix('.success.json')}.tar").is_file():
-            path.unlink()
-
-
-def _write_index(output: Path, packed: Path, infos: list[shards.ShardInfo]) -> list[dict]:
-    shutil.rmtree(output / "index", ignore_errors=True)
-    parts = index.ParquetParts(output / "index", index.INDEX_SCHEMA)
-    for info in infos:
-        parts.add_table(pq.read_table(packed / f"{Path(info.tar).stem}.parquet", partitioning=None))
-    return parts.close()
-
-
-def _write_quarantine(output: Path, inspected: Path, names: list[str], duplicates: list[dict]) -> Path:
-    """Everything seen and not kept, in input order, duplicates last."""
-    folder = output / "quarantine"
-    shutil.rmtree(folder, ignore_errors=True)
-    parts = index.ParquetParts(folder, index.QUARANTINE_SCHEMA)
-    for name in names:
-        parts.add_table(pq.read_table(inspected / f"{name}.dropped.parquet", partitioning=None))
-    for row in duplicates:
-        parts.add(row)
-    parts.close()
-    return folder
-
-
-def _reconcile(counts: dict, found: readers.Scan, decisions: dedup.Decisions, duplicates: int) -> dict:
-    rejected = dict(counts["rejected"])
-    if duplicates:
-        rejected["exact_duplicate"] = duplicates
+def _reconcile(results: Sequence[StageResult], found: readers.Scan) -> dict:
+    counts = results[0].counts
+    rejected: dict[str, int] = {}
+    quarantined: dict[str, int] = {}
+    notes: dict[str, int] = {}
+    for before, result in itertools.pairwise(results):
+        if result.counts["in"] != before.counts["kept"]:
+            raise AssertionError(
+                f"stage {result.name} saw {result.counts['in']} of {before.counts['kept']} rows"
+            )
+        rejected = tables.add_counts(rejected, result.counts["rejected"])
+        quarantined = tables.add_counts(quarantined, result.counts["quarantined"])
+        notes = tables.add_counts(notes, result.notes)
     out = {
-        "seen": counts["in"],
-        "kept": int(decisions.keep.sum()),
-        "rejected": dict(sorted(rejected.items())),
-        "quarantined": counts["quarantined"],
-        "notes": counts["notes"],
+        "seen": counts["kept"],
+        "kept": results[-1].counts["kept"],
+        "rejected": rejected,
+        "quarantined": quarantined,
+        "retryable": sum(result.retry for result in results),
+        "notes": notes,
         "ignored_files": found.ignored,
         "captions_without_image": found.captions_without_image,
+        "tables": found.tables,
+        "warnings": list(found.warnings),
     }
-    if out["seen"] != out["kept"] + sum(rejected.values()) + sum(out["quarantined"].values()):
+    if out["seen"] != out["kept"] + sum(rejected.values()) + sum(quarantined.values()):
         raise AssertionError(f"counts do not reconcile: {out}")
     return out
 
 
-def _check_captions(source: Path, results: list[dict]) -> None:
-    if any(r["kept"] for r in results) or any(r["with_captions"] for r in results):
-        return
-    seen = sum(r["in"] for r in results)
-    missing = sum(r["quarantined"].get("missing_caption", 0) for r in results)
-    if missing:
-        raise DataError(
-            f"{source}: {seen} items and not one has a caption; put KEY.txt (the caption) or KEY.json "
-            '({"caption": "..."}) beside KEY.jpg, in the folder or in the tar'
-        )
+def _write_quarantine(output: Path, run: runner.Run) -> Path:
+    """Everything seen and not kept, in input order."""
+    folder = output / "quarantine"
+    shutil.rmtree(folder, ignore_errors=True)
+    parts = index.ParquetParts(folder, index.QUARANTINE_SCHEMA)
+    for part in run.parts:
+        dropped = [run.store.dropped(level, part) for level in range(1, len(run.store.levels))]
+        together = pa.concat_tables(dropped).sort_by("position")
+        parts.add_table(together.select(index.QUARANTINE_SCHEMA.names))
+    parts.close()
+    return folder
+
+
+def _stage_facts(results: Sequence[StageResult]) -> list[dict]:
+    """Name, version and counts of every stage, for the manifest."""
+    return [{"stage": r.name, "version": r.version, **r.counts, "notes": r.notes} for r in results[1:]]
+
+
+def _inputs(run: runner.Run, found: readers.Scan) -> list[dict]:
+    """Every part of the input: where it comes from, and how many items it has."""
+    return [
+        {"part": task.name, "from": readers.describe(task), "items": record.counts["kept"]}
+        for task, record in zip(found.tasks, _records(run, 0), strict=True)
+    ]
 
 
 def _nothing_left(source: Path, output: Path, counts: dict, quarantine: Path) -> str:
@@ -290,19 +359,14 @@ def _nothing_left(source: Path, output: Path, counts: dict, quarantine: Path) ->
     )
 
 
-def _sum(parts: Iterator[dict[str, int]]) -> dict[str, int]:
+def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     out: dict[str, int] = {}
     for part in parts:
-        for key, value in part.items():
-            out[key] = out.get(key, 0) + value
-    return dict(sorted(out.items()))
+        out = tables.add_counts(out, part)
+    return out
 
 
 def _progress(name: str, images_total: int | None) -> tqdm:
     return tqdm(
         total=images_total, desc=name, unit="img", file=sys.stderr, mininterval=0.5, dynamic_ncols=True
     )
-
-
-def _advance(bar: tqdm):
-    return lambda counts: bar.update(counts["in"])

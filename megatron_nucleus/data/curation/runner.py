@@ -1,216 +1,123 @@
-"""Runs a stage over tasks: files to files, each task once, in a process pool or in this process.
+"""Runs one stage of curation over the parts of the input: each part once, whatever happens in between.
 
-The contract of a stage:
-
-- It is a module-level function ``run(task, settings, folder, skip, started) -> counts`` that writes its results
-  under ``folder`` with names that depend on the task alone, each through a temporary name and a rename.
-- ``counts`` holds at least ``in``, ``kept``, ``rejected {reason: n}`` and ``quarantined {reason: n}``, and they
-  reconcile: in = kept + rejected + quarantined. The runner checks it and then writes ``<task>.success.json``.
-- Its version is a hash of the code and the settings it depends on. A task whose success file has that version
-  is not run again: after a crash only unfinished tasks are.
-- It calls ``started(i)`` before item i. If a decoder takes the whole process down, the task runs again alone with
-  that item in ``skip``; the stage quarantines it.
-
-Only descriptors and counts travel between processes, never pixels.
+- A part that is there with the stage's version and the same input is not run again; after a crash only unfinished
+  parts are. Equal input gives equal files, on any engine with any number of workers.
+- A stage that raises costs the row on which it raises: the batch is tried again row by row. A row that takes the
+  whole process down (a decoder does, now and then) is found by the trail that the worker leaves, and quarantined.
+- ``retry``: rows that were quarantined for a passing reason are run again, those rows alone.
+- The counts of every part reconcile, or the runner stops.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import inspect
-import json
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_nucleus.data.images import quiet_decoding
+from megatron_nucleus.data.curation import store as tables
+from megatron_nucleus.data.curation.corpus_stages import run_corpus
+from megatron_nucleus.data.curation.engines import Engine, WorkerDied
+from megatron_nucleus.data.curation.recipe import Line
+from megatron_nucleus.data.curation.row_part import RowTask, run_part, trail_of
+from megatron_nucleus.data.curation.stage import PayloadSource
+from megatron_nucleus.data.curation.store import Record, Store
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.files import write_atomic, write_json_atomic
 
-_MAX_CRASHES_PER_TASK = 20
+_MAX_CRASHES_PER_PART = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One step of curation; see the module docstring."""
+class Run(NamedTuple):
+    """What the runner needs for every stage of one curation."""
 
-    name: str
-    run: Callable[..., dict]
-    settings: Any  # a frozen dataclass, picklable
-    version: str
-
-
-def make_stage(
-    name: str, run: Callable[..., dict], settings: Any, modules: list[ModuleType], *more: str
-) -> Stage:
-    """A stage whose version covers its settings, the source of ``modules`` and ``more`` (such as earlier versions)."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(settings), sort_keys=True).encode())
-    for module in modules:
-        digest.update(inspect.getsource(module).encode())
-    for text in more:
-        digest.update(text.encode())
-    return Stage(name, run, settings, digest.hexdigest()[:16])
+    store: Store
+    parts: tuple[str, ...]
+    engine: Engine
+    source: PayloadSource
+    retry: bool
 
 
 def run_stage(
-    stage: Stage,
-    tasks: list,
-    folder: Path,
-    workers: int,
-    progress: Callable[[dict], None] = lambda counts: None,
-) -> list[dict]:
-    """Run ``stage`` on every task (each has a ``name``); returns their counts in task order.
+    run: Run, level: int, line: Line, progress: Callable[[Record], Any] = lambda record: None
+) -> list[Record]:
+    """Bring every part of a stage up to date; returns the records in part order.
 
-    workers: 0 or 1 runs in this process. progress: called with the counts of each finished task.
+    progress: called once per part, also for those that were there already.
 
     Raises:
-        DataError: what a stage raises, or a task that keeps crashing its process.
+        UserError: what a stage raises about the settings or the surroundings (no model at an endpoint, a full disk).
+        DataError: a part whose process is killed before its first row, or again and again.
     """
+    stage, settings = line.load()
+    version = stage.version(settings)
+    folder = Path(run.store.work) / run.store.levels[level].folder
     folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict] = {}
+    runner = _run_rows if stage.kind == "rows" else run_corpus
+    records = runner(run, level, line, version, folder, progress)
+    _clear_strays(folder, set(run.parts))
+    summary = {
+        "stage": line.name,
+        "version": version,
+        "parts": len(run.parts),
+        "counts": tables.total(record.counts for record in records),
+    }
+    write_json_atomic(folder / tables.SUCCESS, summary)
+    return records
+
+
+def _clear_strays(folder: Path, parts: set[str]) -> None:
+    """Remove what killed processes left half written, and parts that the input no longer has."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in parts:
+            shutil.rmtree(path)
+        elif path.name.startswith("."):
+            path.unlink()
+
+
+def _run_rows(
+    run: Run, level: int, line: Line, version: str, folder: Path, progress: Callable[[Record], Any]
+) -> list[Record]:
+    stage, settings = line.load()
+    records: dict[str, Record] = {}
     pending = []
-    for task in tasks:
-        done = _finished(stage, task, folder)
-        if done is None:
-            pending.append(task)
+    for part in run.parts:
+        before, here = run.store.finished(level - 1, part), run.store.record(level, part)
+        fits = here is not None and here.version == version and here.input == before.result
+        if here is not None and fits and not (run.retry and here.retry):
+            records[part] = here
+            progress(here)
         else:
-            results[task.name] = done
-            progress(done)
-    runner = _run_here if workers <= 1 else _run_pool
-    for task, counts in runner(stage, pending, folder, workers):
-        results[task.name] = counts
-        progress(counts)
-    return [results[task.name] for task in tasks]
+            pending.append(RowTask(run.store, level, part, line, version, before.result, run.source, fits))
+    lost = []
+    for task, result in run.engine.map(run_part, pending, stage.gpus(settings)):
+        if isinstance(result, WorkerDied):
+            lost.append(task)
+        else:
+            records[task.part] = result
+            progress(result)
+    for task in lost:
+        records[task.part] = _run_alone(run.engine, task, stage.gpus(settings))
+        progress(records[task.part])
+    return [records[part] for part in run.parts]
 
 
-def total(results: list[dict]) -> dict:
-    """Sum of the counts of many tasks; reasons sorted by name."""
-    out: dict = {"in": 0, "kept": 0, "rejected": {}, "quarantined": {}, "notes": {}}
-    for counts in results:
-        out["in"] += counts["in"]
-        out["kept"] += counts["kept"]
-        for group in ("rejected", "quarantined", "notes"):
-            for reason, number in counts.get(group, {}).items():
-                out[group][reason] = out[group].get(reason, 0) + number
-    for group in ("rejected", "quarantined", "notes"):
-        out[group] = dict(sorted(out[group].items()))
-    return out
-
-
-def _finished(stage: Stage, task: Any, folder: Path) -> dict | None:
-    path = folder / f"{task.name}.success.json"
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); remove it and run again") from error
-    return record["counts"] if record["version"] == stage.version else None
-
-
-def run_task(stage: Stage, task: Any, folder: Path, skip: frozenset[int] = frozenset()) -> dict:
-    """Run one task and record its success."""
-    trail = os.open(_trail(folder, task), os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        with quiet_decoding():
-            counts = stage.run(
-                task, stage.settings, folder, skip, lambda i: os.pwrite(trail, i.to_bytes(8, "little"), 0)
-            )
-    finally:
-        os.close(trail)
-    out = sum(counts["rejected"].values()) + sum(counts["quarantined"].values())
-    if counts["in"] != counts["kept"] + out:
-        raise AssertionError(f"stage {stage.name}, task {task.name}: counts do not reconcile: {counts}")
-    record = {"stage": stage.name, "version": stage.version, "counts": counts}
-    write_json_atomic(folder / f"{task.name}.success.json", record)
-    os.unlink(_trail(folder, task))
-    return counts
-
-
-def _trail(folder: Path, task: Any) -> Path:
-    """File with the number of the item in work: what is left of a process that died."""
-    return folder / f".{task.name}.item"
-
-
-def _run_here(stage: Stage, tasks: list, folder: Path, workers: int) -> Iterator[tuple[Any, dict]]:
-    for task in tasks:
-        yield task, run_task(stage, task, folder)
-
-
-def _run_pool(stage: Stage, tasks: list, folder: Path, workers: int) -> Iterator[tuple[Any, dict]]:
-    """Keep two tasks per worker in flight. When a process dies, finish what was in flight one task at a time."""
-    waiting = iter(tasks)
-    running: dict[Future, Any] = {}
-    pool = _pool(workers)
-    try:
-        while True:
-            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
-                running[pool.submit(run_task, stage, task, folder)] = task
-            if not running:
-                return
-            try:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    counts = future.result()
-                    yield running.pop(future), counts
-            except BrokenProcessPool:
-                pool.shutdown(wait=True)
-                suspects = sorted(running.values(), key=lambda t: t.name)
-                running = {}
-                for task in suspects:
-                    yield task, _run_alone(stage, task, folder)
-                pool = _pool(workers)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_alone(stage: Stage, task: Any, folder: Path) -> dict:
-    """Run a task in a process of its own, skipping one more item each time that process dies."""
-    skip: frozenset[int] = frozenset()
-    for _ in range(_MAX_CRASHES_PER_TASK + 1):
-        done = _finished(stage, task, folder)
-        if done is not None:
-            return done
-        write_atomic(_trail(folder, task), b"")
-        with _pool(1) as pool:
-            try:
-                return pool.submit(run_task, stage, task, folder, skip).result()
-            except BrokenProcessPool:
-                trail = _trail(folder, task).read_bytes()
-        if not trail:
+def _run_alone(engine: Engine, task: RowTask, gpus: float) -> Record:
+    """Run a part in a process of its own, row by row, skipping one more row each time that process dies."""
+    task = task._replace(careful=True)
+    trail = trail_of(task.store, task.level, task.part)
+    for _ in range(_MAX_CRASHES_PER_PART + 1):
+        write_atomic(trail, b"")
+        result = engine.alone(run_part, task, gpus)
+        if not isinstance(result, WorkerDied):
+            return result
+        mark = trail.read_bytes()
+        if not mark:
             raise DataError(
-                f"stage {stage.name}: the process for {task.name} was killed; is there enough memory?"
+                f"stage {task.line.name}: the process for {task.part} was killed before its first row "
+                f"({result.detail}); is there enough memory?"
             )
-        skip |= {int.from_bytes(trail, "little")}
-    raise DataError(f"stage {stage.name}: {task.name} killed its process {_MAX_CRASHES_PER_TASK + 1} times")
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    context = get_context("forkserver")  # fork of a process with threads can hang
-    context.set_forkserver_preload(["megatron_nucleus.data.curation.pipeline"])
-    return ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+        task = task._replace(skip=task.skip | {int.from_bytes(mark, "little")})
+    raise DataError(
+        f"stage {task.line.name}: {task.part} killed its process {_MAX_CRASHES_PER_PART + 1} times"
     )
-
-
-def _start_worker(parent: int) -> None:
-    """The main process handles signals; a worker leaves when the main process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def leave_with_parent() -> None:
-        while True:
-            time.sleep(2)
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()

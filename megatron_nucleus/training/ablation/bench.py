@@ -84,7 +84,7 @@ class Bench:
     def _corpus_job(self, corpus: Corpus) -> Job:
         folder = self.output / "corpora" / corpus.key
         scenes = _config(folder / "scenes.yaml", {"scenes": corpus.scenes})
-        curation = _config(folder / "curation.yaml", {"curation": corpus.curation})
+        curation = _config(folder / "curation.yaml", corpus.curation)
         log = folder / "log.txt"
         if not (folder / "scenes").exists():  # it appears when it is complete
             yield self._call(

@@ -4,7 +4,7 @@ suites:
   small:
     base: ../demo_cpu.yaml       # configuration of tools/train.py, relative to this file
     set: {SECTION: {KEY: VALUE}} # on top of it, for every arm
-    corpus: {count: 40000, seed: 0, scenes: {KEY: VALUE}, curation: {KEY: VALUE}}
+    corpus: {count: 40000, seed: 0, scenes: {KEY: VALUE}, curation: {SECTION: {KEY: VALUE}}}
     text_tokens: 27              # mean padded caption of a batch: the text's share of the FLOPs
     budget_samples: 256000       # of the baseline, or budget_flops
     seeds: [0, 1, 2]
@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_nucleus.core.models.presets import ModelShape
-from megatron_nucleus.data.curation.filters import CurationConfig
+from megatron_nucleus.data.curation import settings as curation_settings
 from megatron_nucleus.data.encoders import EncoderConfig, build_codec, build_text_encoder
 from megatron_nucleus.data.scenes import SceneConfig
 from megatron_nucleus.evaluation.scenes_run import SceneEvaluation
@@ -252,7 +252,8 @@ def _stride_px(encoders: EncoderConfig) -> int:
 def _corpus(raw: object, where: str) -> Corpus:
     raw = _keys(_mapping(raw, where), where, required=("count",), optional=("seed", "scenes", "curation"))
     sections = {name: _mapping(raw.get(name), f"{where}: {name}") for name in ("scenes", "curation")}
-    cfg.from_dict(_CorpusSections, sections, where=where)
+    cfg.from_dict(_CorpusSections, {"scenes": sections["scenes"]}, where=where)
+    cfg.from_dict(curation_settings.Settings, sections["curation"], where=f"{where}: curation")
     seed = cfg.coerce(raw.get("seed", 0), int, f"{where}: seed")
     return Corpus(_whole(raw["count"], f"{where}: count"), seed, **sections)
 
@@ -260,7 +261,6 @@ def _corpus(raw: object, where: str) -> Corpus:
 @dataclasses.dataclass(frozen=True)
 class _CorpusSections:
     scenes: SceneConfig
-    curation: CurationConfig
 
 
 def _evaluate(raw: dict, where: str) -> Sections:

@@ -9,10 +9,11 @@ from pathlib import Path
 from megatron_nucleus.evaluation.scenes import SKILL_OF_TAG
 from megatron_nucleus.training.ablation.suites import Arm, Suite
 from megatron_nucleus.training.metrics import read_metrics
-from megatron_nucleus.training.run_folder import git_commit, versions
+from megatron_nucleus.training.run_folder import versions
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.files import write_atomic
 from megatron_nucleus.utils.hardware import hardware
+from megatron_nucleus.utils.revision import git_commit
 
 FILE_NAME = "rows.jsonl"
 SKILLS = tuple(SKILL_OF_TAG.values())

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.data.curation.helpers import SCENES_CURATION
+
 # Stands for every program of tools/: writes what the bench reads of it. Figures follow from seed and settings.
 FAKE = """
 import argparse, json, pathlib, sys, time, yaml
@@ -62,7 +64,7 @@ def tiny_document() -> dict:
             "tiny": {
                 "base": "base.yaml",
                 "set": {"validation": {"valid_samples": 8}},
-                "corpus": {"count": 64, "curation": {"min_side_px": 32}},
+                "corpus": {"count": 64, "curation": SCENES_CURATION},
                 "text_tokens": 20,
                 "budget_samples": 640,
                 "seeds": [0, 1],

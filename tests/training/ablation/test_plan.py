@@ -111,7 +111,7 @@ def _set(path: str, value: object):
         ("budget_samples", 4, "pay for no step"),
         ("set/validation/valid_samples", 0, "validation.valid_samples is 0"),
         ("baseline", "bse", r"baseline: there is no arm 'bse'"),
-        ("corpus/curation/min_sid_px", 3, r"corpus: unknown key 'curation.min_sid_px' \(did you mean min_side_px"),
+        ("corpus/curation/inspect", {"min_sid_px": 3}, r"corpus: curation: unknown key 'inspect.min_sid_px'"),
         ("evaluate", {"prompt": {}}, r"evaluate: unknown section 'prompt' \(did you mean prompts"),
         ("comparisons", [{"name": "n", "claim": "c", "baseline": "dense", "arm": "x"}], "arm: no arm 'x'"),
         ("text_tokens", None, "suites.tiny: text_tokens is missing"),

@@ -1,0 +1,294 @@
+"""A recipe: which stages run, in which order, with which settings.
+
+    recipe:
+      stages:
+      - inspect
+      - exact_duplicates
+      - {score: {as: aesthetic, kind: aesthetic, model: path/to/siglip2, head: aesthetic.safetensors}}
+      - {my_stages.py:portraits: {max_height_over_width: 1.5}}
+
+A line is a built-in stage's name, or ``FILE.py:FUNCTION`` or ``PACKAGE.MODULE:FUNCTION`` for one of your own, alone or
+with settings. ``as`` gives a stage another name, so that it can be used twice. A built-in stage takes its settings
+from the section of its name (which has flags), and then from the line.
+
+The whole chain is checked before anything runs: every column that a stage reads is written by one before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from megatron_nucleus.data import index
+from megatron_nucleus.data.curation import readers
+from megatron_nucleus.data.curation.stage import Stage
+from megatron_nucleus.data.curation.store import Level
+from megatron_nucleus.utils.config import coerce, knob, to_dict
+from megatron_nucleus.utils.errors import ConfigError, nearest
+
+_STAGES = "megatron_nucleus.data.curation.stages"
+BUILT_IN = {
+    name: f"{_STAGES}.{name}:{name}"
+    for name in (
+        "inspect",
+        "exact_duplicates",
+        "blank",
+        "blur",
+        "near_duplicates",
+        "score",
+        "recaption",
+        "tiers",
+    )
+}
+# Level 0 of the store: the items as the readers find them, and the columns that stages append to, still empty.
+START_SCHEMA = pa.schema(
+    [
+        *readers.LISTED_SCHEMA,
+        pa.field("scores", pa.list_(index.SCORE_TYPE)),
+        pa.field("duplicates", pa.list_(index.DUPLICATE_TYPE)),
+        pa.field("duplicate_cluster", pa.string()),
+    ]
+)
+NEEDED_BY_PACKING = (
+    *("id", "extension", "width_px", "height_px", "exif_orientation", "source_url", "licence", "attribution"),
+    *("captions", "tier", "episode_bucket", "metadata"),
+)
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
+
+
+class Line(NamedTuple):
+    """One line of a recipe, resolved; picklable.
+
+    name: of the stage in this recipe. spec: ``module:function`` or ``/abs/file.py:function``. settings: plain values.
+    """
+
+    name: str
+    spec: str
+    settings: dict[str, Any]
+
+    def load(self) -> tuple[Stage, Any]:
+        """The stage and its settings."""
+        stage = load_stage(self.spec)
+        return stage, build_settings(stage, self.settings, f"recipe.stages: {self.name}")
+
+
+class Raw(NamedTuple):
+    """A line as written. spec: what names the stage. name: what ``as`` says, or None."""
+
+    spec: str
+    name: str | None
+    settings: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageList:
+    """The value of ``recipe.stages``."""
+
+    lines: tuple[Raw, ...]
+
+    @classmethod
+    def from_plain(cls, raw: Any, label: str) -> StageList:
+        """Check the form of a YAML list; see the module docstring.
+
+        Raises:
+            ConfigError: beginning with ``label``.
+        """
+        if not isinstance(raw, (list, tuple)) or not raw:
+            raise ConfigError(f"{label}: expected a list of stages, got {raw!r:.100}")
+        return cls(tuple(_raw_line(entry, f"{label}[{number}]") for number, entry in enumerate(raw)))
+
+    def to_plain(self) -> list[Any]:
+        """Inverse of `from_plain`."""
+        out: list[Any] = []
+        for line in self.lines:
+            settings = ({"as": line.name} if line.name else {}) | line.settings
+            out.append({line.spec: settings} if settings else line.spec)
+        return out
+
+
+def _raw_line(entry: Any, label: str) -> Raw:
+    if isinstance(entry, str):
+        return Raw(entry, None, {})
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ConfigError(f"{label}: expected NAME or {{NAME: {{KEY: VALUE}}}}, got {entry!r:.100}")
+    ((spec, settings),) = entry.items()
+    if not isinstance(spec, str) or not isinstance(settings, Mapping | None):
+        raise ConfigError(f"{label}: expected {{NAME: {{KEY: VALUE}}}}, got {entry!r:.100}")
+    settings = dict(settings or {})
+    name = settings.pop("as", None)
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(f"{label}: as: {name!r} is not a plain name (letters, digits, _)")
+    return Raw(spec, name, settings)
+
+
+DEFAULT_STAGES = StageList.from_plain(
+    [
+        "inspect",
+        "exact_duplicates",
+        "blank",
+        "blur",
+        "near_duplicates",
+        {"score": {"as": "image_statistics", "kind": "image_statistics"}},
+        {"tiers": {"tier_by": "shares", "tier_scorer": "image_statistics"}},
+    ],
+    "the default recipe",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeConfig:
+    """Which stages run, in this order."""
+
+    stages: StageList = knob(
+        DEFAULT_STAGES, "list of stages: NAME, FILE.py:FUNCTION, or {NAME: {as: OTHER_NAME, KEY: VALUE}}"
+    )
+
+
+def resolve(config: RecipeConfig, sections: Mapping[str, Any]) -> tuple[Line, ...]:
+    """The lines of a recipe with their settings, checked.
+
+    Args:
+        sections: settings of built-in stages, by the name of the stage.
+
+    Raises:
+        ConfigError: an unknown stage or setting, two of one name, or a column that no stage before writes; names
+            the line.
+    """
+    lines: list[Line] = []
+    for raw in config.stages.lines:
+        label = f"recipe.stages: {raw.spec}"
+        spec = _find(raw.spec, label)
+        stage = load_stage(spec)
+        section = sections.get(raw.spec)
+        base = to_dict(section) if section is not None else {}
+        if raw.name and "metric" in {field.name for field in dataclasses.fields(stage.settings)}:
+            base["metric"] = raw.name  # a score carries the name of its line
+        settings = build_settings(stage, base | raw.settings, label)
+        name = raw.name or stage.name
+        if name in [line.name for line in lines]:
+            raise ConfigError(f"{label}: a second stage named {name}; give one another name with 'as'")
+        lines.append(Line(name, spec, to_dict(settings)))
+    _check_columns(lines)
+    return tuple(lines)
+
+
+def levels(lines: Sequence[Line]) -> tuple[Level, ...]:
+    """The stages as the store sees them; number 0 is the list of items."""
+    rest = (Level(n, line.name, tuple(line.load()[0].adds.names)) for n, line in enumerate(lines, 1))
+    return (Level(0, "list", tuple(START_SCHEMA.names)), *rest)
+
+
+def _check_columns(lines: Sequence[Line]) -> None:
+    known = {"position", *START_SCHEMA.names}
+    for line in lines:
+        stage, _ = line.load()
+        if missing := [name for name in stage.reads if name not in known]:
+            raise ConfigError(
+                f"recipe.stages: {line.name} reads column {missing[0]}, which no stage before it writes"
+                f"{_writer_hint(missing[0])}"
+            )
+        known |= set(stage.adds.names)
+    if missing := [name for name in NEEDED_BY_PACKING if name not in known]:
+        raise ConfigError(
+            f"recipe.stages: no stage writes column {missing[0]}, which the index needs{_writer_hint(missing[0])}"
+        )
+
+
+def _writer_hint(column: str) -> str:
+    writers = [name for name, spec in BUILT_IN.items() if column in load_stage(spec).adds.names]
+    return f"; {' or '.join(writers)} does" if writers else ""
+
+
+def _find(spec: str, label: str) -> str:
+    """The absolute form of a stage's name."""
+    if ":" not in spec:
+        if spec not in BUILT_IN:
+            raise ConfigError(
+                f"{label}: unknown stage{nearest(spec, BUILT_IN)}; one of {', '.join(BUILT_IN)}, or FILE.py:FUNCTION"
+            )
+        return BUILT_IN[spec]
+    module, function = spec.rsplit(":", 1)
+    if module.endswith(".py"):
+        path = Path(module).resolve()
+        if not path.is_file():
+            raise ConfigError(f"{label}: {module}: no such file")
+        return f"{path}:{function}"
+    return spec
+
+
+@functools.cache
+def load_stage(spec: str) -> Stage:
+    """The stage that ``module:function`` or ``/abs/file.py:function`` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no stage.
+    """
+    place, function = spec.rsplit(":", 1)
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # whatever a user's module raises while it is imported
+        raise ConfigError(f"recipe.stages: {spec}: {type(error).__name__}: {error}") from error
+    stage = getattr(module, function, None)
+    if not isinstance(stage, Stage):
+        found = [name for name, value in vars(module).items() if isinstance(value, Stage)]
+        raise ConfigError(
+            f"recipe.stages: {spec}: {function} is no stage (row_stage or corpus_stage makes one)"
+            f"; {place} has {', '.join(found) or 'none'}"
+        )
+    return stage
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """Import a file under a name of its own, the same in every process."""
+    name = "curation_stage_" + re.sub(r"\W", "_", str(path))
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def build_settings(stage: Stage, values: Mapping[str, Any], label: str) -> Any:
+    """The stage's settings from plain values.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range, beginning with ``label``.
+    """
+    hints = typing.get_type_hints(stage.settings)
+    fields = {field.name: field for field in dataclasses.fields(stage.settings)}
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"{label}: unknown key '{key}'{nearest(str(key), fields)}")
+        choices = fields[key].metadata.get("choices") or ()
+        out[key] = coerce(value, hints[key], f"{label}.{key}", choices)
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in out]:
+        raise ConfigError(f"{label}: {missing[0]} is required")
+    try:
+        return stage.settings(**out)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from error

@@ -1,0 +1,135 @@
+"""Stages of a user's own: what the tests of the runner, the recipe and the engines run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pyarrow as pa
+
+from megatron_nucleus.data.curation.stage import DROPS_SCHEMA, Drop, Update, corpus_stage, row_stage
+from megatron_nucleus.data.curation.store import POSITION
+from megatron_nucleus.utils.config import knob
+from megatron_nucleus.utils.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DoubleConfig:
+    """Which values are odd in which way."""
+
+    factor: int = knob(2, "what values are multiplied by")
+    poison: tuple[int, ...] = knob((), "values that take the process down, as a decoder may")
+    raises: tuple[int, ...] = knob((), "values on which the function raises")
+    unreachable: str = knob("", "while this file exists, multiples of five fail for a passing reason")
+    calls: str = knob("", "file that gets a line per call: the values of the batch")
+    wrong_key: bool = knob(False, "fails every row, as a wrong password does")
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"factor {self.factor}: at least 1")
+
+
+@row_stage(
+    DoubleConfig,
+    reads=("value",),
+    adds={"double": pa.int64(), "notes": pa.list_(pa.string())},
+    rejects=("negative",),
+    failures=("no_answer",),
+    batch_rows=4,
+)
+def double(rows, config):
+    """Multiplies; negative values are rejected."""
+    values = [row["value"] for row in rows]
+    if config.calls:
+        with open(config.calls, "a") as file:
+            file.write(" ".join(map(str, values)) + "\n")
+    if config.wrong_key:
+        raise ConfigError("the server refuses the key")
+    if set(values) & set(config.poison):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if bad := set(values) & set(config.raises):
+        raise ValueError(f"no double of {sorted(bad)}")
+    away = bool(config.unreachable) and Path(config.unreachable).exists()
+    out = []
+    for value in values:
+        if value < 0:
+            out.append(Drop("negative", f"{value} is below 0"))
+        elif away and value % 5 == 0:
+            out.append(Drop("no_answer", "the server is away"))
+        else:
+            out.append({"double": config.factor * value, "notes": ["even"] if value % 2 == 0 else []})
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class WidthsConfig:
+    """A server that is away at times."""
+
+    unreachable: str = knob("", "while this file exists, even widths fail for a passing reason")
+    calls: str = knob("", "file that gets a line per call: the widths")
+    EXECUTION = ("calls",)
+
+
+@row_stage(
+    WidthsConfig, reads=("width_px",), adds={"wide": pa.bool_()}, failures=("no_answer",), batch_rows=8
+)
+def widths(rows, config):
+    """A stage for real pictures."""
+    with open(config.calls, "a") as file:
+        file.write(" ".join(str(row["width_px"]) for row in rows) + "\n")
+    away = Path(config.unreachable).exists()
+    return [
+        Drop("no_answer", "the server is away") if away and row["width_px"] % 2 == 0 else {"wide": True}
+        for row in rows
+    ]
+
+
+@row_stage(reads=("value",), adds={"letter": pa.string()})
+def wrong_columns(rows, config):
+    """Returns a column it did not declare."""
+    return [{"letters": "a"} for _ in rows]
+
+
+@row_stage(reads=("value",), rejects=("odd",))
+def undeclared(rows, config):
+    """Drops for a reason it did not declare."""
+    return [Drop("strange") for _ in rows]
+
+
+@corpus_stage(
+    reads=("value", "double"), adds={"double": pa.int64(), "rank": pa.int32()}, rejects=("repeated",)
+)
+def ranks(corpus, config):
+    """Drops repeated values, and numbers those above 3 through the whole corpus; their double becomes -1."""
+    seen, rank = set(), 0
+    squares = dict(corpus.map(square, range(100)))
+    for part in corpus.parts:
+        drops, changes = [], []
+        for row in corpus.read(part, ["value", "double"]).to_pylist():
+            value = row["value"]
+            assert squares[value] == value * value
+            if value in seen:
+                drops.append({"position": row["position"], "reason": "repeated", "detail": f"{value} again"})
+            elif value > 3:
+                changes.append({"position": row["position"], "double": -1, "rank": rank})
+                rank += 1
+            seen.add(value)
+        schema = pa.schema([POSITION, ("double", pa.int64()), ("rank", pa.int32())])
+        yield Update(
+            pa.Table.from_pylist(drops, schema=DROPS_SCHEMA), pa.Table.from_pylist(changes, schema=schema)
+        )
+
+
+def square(number):
+    """A task of `ranks`."""
+    return number, number * number
+
+
+not_a_stage = 3
+
+
+def die(task):
+    """A task that ends its process."""
+    os.kill(os.getpid(), signal.SIGKILL)
