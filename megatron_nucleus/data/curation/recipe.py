@@ -9,7 +9,7 @@
 
 A line is a built-in stage's name, or ``FILE.py:FUNCTION`` or ``PACKAGE.MODULE:FUNCTION`` for one of your own, alone or
 with settings. ``as`` gives a stage another name, so that it can be used twice. A built-in stage takes its settings
-from the section of its name (which has flags), and then from the line.
+from the section of its name (which has flags) and from the line; a setting that both give is refused.
 
 The whole chain is checked before anything runs: every column that a stage reads is written by one before it.
 """
@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import yaml
 
 from megatron_nucleus.data import index
 from megatron_nucleus.data.curation import readers
@@ -116,6 +117,10 @@ class StageList:
             out.append({line.spec: settings} if settings else line.spec)
         return out
 
+    def __str__(self) -> str:
+        """As ``--help`` shows it."""
+        return yaml.safe_dump(self.to_plain(), default_flow_style=True, width=1000, sort_keys=False).strip()
+
 
 def _raw_line(entry: Any, label: str) -> Raw:
     if isinstance(entry, str):
@@ -170,8 +175,7 @@ def resolve(config: RecipeConfig, sections: Mapping[str, Any]) -> tuple[Line, ..
         label = f"recipe.stages: {raw.spec}"
         spec = _find(raw.spec, label)
         stage = load_stage(spec)
-        section = sections.get(raw.spec)
-        base = to_dict(section) if section is not None else {}
+        base = _section_values(sections.get(raw.spec), raw, label)
         if raw.name and "metric" in {field.name for field in dataclasses.fields(stage.settings)}:
             base["metric"] = raw.name  # a score carries the name of its line
         settings = build_settings(stage, base | raw.settings, label)
@@ -181,6 +185,21 @@ def resolve(config: RecipeConfig, sections: Mapping[str, Any]) -> tuple[Line, ..
         lines.append(Line(name, spec, to_dict(settings)))
     _check_columns(lines)
     return tuple(lines)
+
+
+def _section_values(section: Any, raw: Raw, label: str) -> dict[str, Any]:
+    """The settings of a stage's section as plain values."""
+    if section is None:
+        return {}
+    values, defaults = to_dict(section), to_dict(type(section)())
+    both = [key for key in raw.settings if key in values and values[key] != defaults[key]]
+    if both:
+        flag = "--" + both[0].replace("_", "-")
+        raise ConfigError(
+            f"{label}: {both[0]} is given in the recipe's line ({raw.settings[both[0]]!r}) and by {flag} or section "
+            f"{raw.spec} ({values[both[0]]!r}); give it once"
+        )
+    return values
 
 
 def levels(lines: Sequence[Line]) -> tuple[Level, ...]:

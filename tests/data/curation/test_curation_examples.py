@@ -14,8 +14,9 @@ from megatron_nucleus.utils.config_files import read_yaml
 from tests.data.curation.helpers import encode, make_settings, write_captioned
 from tests.support import ROOT
 
-CONFIGS = [*sorted((ROOT / "examples" / "curation").glob("*.yaml")), ROOT / "examples" / "scenes" / "curate.yaml"]
-    ROOT / "examples" / "scenes" / "curate.yaml"
+CONFIGS = [
+    *sorted((ROOT / "examples" / "curation").glob("*.yaml")),
+    ROOT / "examples" / "scenes" / "curate.yaml",
 ]
 
 

@@ -70,15 +70,21 @@ def test_a_stage_of_ones_own_takes_its_settings_from_the_line(tmp_path):
     assert other.load()[0].version(other.load()[1]) != stage.version(settings)
 
 
-def test_the_line_goes_over_the_section_and_as_gives_another_name():
-    field = dataclasses.fields(BlankConfig)[0].name
+def test_settings_come_from_the_section_and_the_line_and_as_gives_another_name():
+    field, other = (f.name for f in dataclasses.fields(BlankConfig)[:2])
     value = getattr(BlankConfig(), field) / 2
     section = dataclasses.replace(BlankConfig(), **{field: value})
-    lines = resolve(
-        stages("inspect", "blank", {"blank": {"as": "again", field: value / 2}}), {"blank": section}
-    )
+    lines = resolve(stages("inspect", "blank", {"blank": {"as": "again", other: 1.0}}), {"blank": section})
     assert names(lines) == ["inspect", "blank", "again"]
-    assert [getattr(line.load()[1], field) for line in lines[1:]] == [value, value / 2]
+    assert [getattr(line.load()[1], field) for line in lines[1:]] == [value, value]
+    assert [getattr(line.load()[1], other) for line in lines[1:]] == [getattr(BlankConfig(), other), 1.0]
+
+
+def test_a_setting_that_section_and_line_both_give_is_refused():
+    field = dataclasses.fields(BlankConfig)[0].name
+    section = dataclasses.replace(BlankConfig(), **{field: 1.0})
+    with pytest.raises(ConfigError, match=rf"blank: {field} is given in the recipe's line \(2.0\) and by --"):
+        resolve(stages("inspect", {"blank": {field: 2.0}}), {"blank": section})
 
 
 def test_plain_form_and_back():
