@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from megatron_nucleus.data import index
-from megatron_nucleus.data.manifest import read_manifest
+from megatron_nucleus.data.manifest import check_files, read_manifest
 from megatron_nucleus.data.shards import ShardReader
 from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import ConfigError, DataError
@@ -59,7 +59,7 @@ class Corpus:
         self.root = Path(root)
         self.manifest, self.manifest_hash = read_manifest(root)
         self.encoded: dict | None = self.manifest.get("encoded")
-        _check_files(self.root, self.manifest)
+        check_files(self.root, self.manifest)
         columns, names = _load_columns(self.root, self.manifest)
         rank = np.argsort(np.argsort(names["aspect_bucket"]))  # number buckets by name
         codes = rank[columns["aspect_bucket"]]
@@ -195,23 +195,6 @@ def _check_training_left(counts: dict[str, int], held_out_samples: int) -> None:
             f"--valid-samples {held_out_samples}: would leave no image of aspect bucket {empty[0]} for training; "
             "give fewer, or curate with a larger --min-bucket-images, so that small buckets join others"
         )
-
-
-def _check_files(root: Path, manifest: dict) -> None:
-    try:
-        expected = [(s["tar"], s["bytes"]) for s in manifest["shards"]]
-        expected += [(p["path"], p["bytes"]) for p in manifest["index"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{root / 'manifest.json'}: damaged ({error!r} missing); copy the data set again"
-        ) from error
-    for name, size in expected:
-        if not (root / name).is_file():
-            raise DataError(f"{root / name}: missing; copy the data set again or make it again")
-        if (found := (root / name).stat().st_size) != size:
-            raise DataError(
-                f"{root / name}: {found} bytes, the manifest says {size}; copy the data set again"
-            )
 
 
 def _load_columns(root: Path, manifest: dict) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:

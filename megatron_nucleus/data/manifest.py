@@ -62,11 +62,34 @@ def _claim(folder: Path, tool: str, settings: dict) -> str:
         return "resume"
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
-            f"--output {folder}: not empty, and not made by this program; choose another folder"
+            f"--output {folder}: not empty, and not made by this program (or its {MANIFEST} is lost); choose another "
+            "folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / MARKER, wanted)
     return "new"
+
+
+def check_files(folder: Path, manifest: dict) -> None:
+    """Whether the shards and index parts of a data set are there, in full size.
+
+    Raises:
+        DataError: names the first that is not, or a manifest that lacks them.
+    """
+    try:
+        expected = [(s["tar"], s["bytes"]) for s in manifest["shards"]]
+        expected += [(p["path"], p["bytes"]) for p in manifest["index"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'manifest.json'}: damaged ({error!r} missing); copy the data set again"
+        ) from error
+    for name, size in expected:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: missing; copy the data set again or make it again")
+        if (found := (folder / name).stat().st_size) != size:
+            raise DataError(
+                f"{folder / name}: {found} bytes, the manifest says {size}; copy the data set again"
+            )
 
 
 def reopen(folder: str | Path, tool: str, settings: dict) -> None:

@@ -22,7 +22,7 @@ from megatron_nucleus.data.curation import store as tables
 from megatron_nucleus.data.curation.engines import WorkerDied
 from megatron_nucleus.data.curation.runner import Run
 from megatron_nucleus.data.curation.settings import CurationConfig
-from megatron_nucleus.data.curation.shard_task import Packed, ShardTask, finished, version, write_shard
+from megatron_nucleus.data.curation.shard_task import Packed, ShardTask, make_shard, version
 from megatron_nucleus.data.curation.store import Store
 from megatron_nucleus.utils.errors import DataError
 
@@ -135,10 +135,8 @@ def pack_all(
     assigned, moved = assign_buckets(kept, config.min_bucket_images)
     tasks = _tasks(output, folder, run, config, {**versions, PACK: version()}, kept, assigned)
     _clear_shards(output / "shards", folder, {task.name for task in tasks})
-    done = {task.name: packed for task in tasks if (packed := finished(task)) is not None}
-    for packed in done.values():
-        progress(packed.shard.samples)
-    for task, result in run.engine.map(write_shard, [task for task in tasks if task.name not in done]):
+    done = {}
+    for task, result in run.engine.map(make_shard, tasks):
         if isinstance(result, WorkerDied):
             raise DataError(f"packing {task.name}: a worker was lost ({result.detail}); run again")
         done[task.name] = result

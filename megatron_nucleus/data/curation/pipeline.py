@@ -69,7 +69,8 @@ def curate(
         DataError: nothing to use in the input, with the reasons; an input that changes meanwhile; a full disk.
     """
     settings = settings or Settings()
-    source, output = Path(source), Path(output)
+    # A worker may run in another folder, and a stage may change it.
+    source, output = Path(source).absolute(), Path(output).absolute()
     started = time.perf_counter()
     lines = recipe.resolve(settings.recipe, settings.stage_sections())
     found = readers.scan(source, settings.readers)
@@ -80,6 +81,8 @@ def curate(
     claimed = _claimed_settings(settings, lines, found)
     state = manifest.claim_output(output, TOOL, claimed)
     timings: list[StageResult] = []
+    if state == "complete":
+        manifest.check_files(output, manifest.read_manifest(output)[0])
     if state == "complete" and retry_failed and _has_failed(output):
         manifest.reopen(output, TOOL, claimed)
         state = "resume"
@@ -182,7 +185,7 @@ def _run(
     source_of = PayloadSource(str(source), limits.max_file_bytes, limits.max_pixels)
     parts = tuple(task.name for task in found.tasks)
     with contextlib.closing(open_engine(settings.engine)) as engine:
-        run = runner.Run(store, parts, engine, source_of, retry)
+        run = runner.Run(store, parts, engine, source_of, retry, lines)
         _remove_other_levels(store)
         results = [_list(run, found)]
         for level, line in enumerate(lines, 1):
@@ -234,10 +237,12 @@ def _list(run: runner.Run, found: readers.Scan) -> StageResult:
         record = run.store.record(0, task.name)
         if record is None or record.input != task.stamp:
             pending.append(_ListTask(run.store, task))
-    Path(run.store.work, run.store.levels[0].folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(run.store.work, run.store.levels[0].folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for task, result in run.engine.map(list_part, pending):
         if isinstance(result, WorkerDied):
             raise DataError(f"listing {task.task.name}: a worker was lost ({result.detail}); run again")
+    runner.clear_strays(folder, set(run.parts))
     counts = tables.total(record.counts for record in _records(run, 0))
     return StageResult("list", "", counts, {}, 0, time.perf_counter() - started if pending else 0.0)
 

@@ -65,6 +65,8 @@ NEEDED_BY_PACKING = (
     *("id", "extension", "width_px", "height_px", "exif_orientation", "source_url", "licence", "attribution"),
     *("captions", "tier", "episode_bucket", "metadata"),
 )
+_PACKED_TYPES = {field.name: field.type for field in index.INDEX_SCHEMA if field.name in NEEDED_BY_PACKING}
+_RESERVED = ("position", "item", "container", "offset", "sidecars", "problem", "given")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,60}")
 
 
@@ -209,7 +211,7 @@ def levels(lines: Sequence[Line]) -> tuple[Level, ...]:
 
 
 def _check_columns(lines: Sequence[Line]) -> None:
-    known = {"position", *START_SCHEMA.names}
+    known = {"position": pa.int32()} | {field.name: field.type for field in START_SCHEMA}
     for line in lines:
         stage, _ = line.load()
         if missing := [name for name in stage.reads if name not in known]:
@@ -217,10 +219,24 @@ def _check_columns(lines: Sequence[Line]) -> None:
                 f"recipe.stages: {line.name} reads column {missing[0]}, which no stage before it writes"
                 f"{_writer_hint(missing[0])}"
             )
-        known |= set(stage.adds.names)
+        for field in stage.adds:
+            _check_added(line.name, field, known)
+        known |= {field.name: field.type for field in stage.adds}
     if missing := [name for name in NEEDED_BY_PACKING if name not in known]:
         raise ConfigError(
             f"recipe.stages: no stage writes column {missing[0]}, which the index needs{_writer_hint(missing[0])}"
+        )
+
+
+def _check_added(name: str, field: pa.Field, known: Mapping[str, pa.DataType]) -> None:
+    if field.name in _RESERVED:
+        raise ConfigError(
+            f"recipe.stages: {name} writes column {field.name}, which is not a stage's to write"
+        )
+    wanted = known.get(field.name, _PACKED_TYPES.get(field.name))
+    if wanted is not None and field.type != wanted:
+        raise ConfigError(
+            f"recipe.stages: {name} writes column {field.name} as {field.type}, it must be {wanted}"
         )
 
 

@@ -6,9 +6,10 @@ mode every row leaves a trail before it is handled, so that one that takes the w
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from megatron_nucleus.data.curation.recipe import Line
 from megatron_nucleus.data.curation.stage import REFERENCE_COLUMNS, Drop, PayloadSource, Row, Stage
 from megatron_nucleus.data.curation.store import DROPPED_SCHEMA, Record, Store
 from megatron_nucleus.data.images import UnusableImage, quiet_decoding
-from megatron_nucleus.utils.errors import UserError
+from megatron_nucleus.utils.errors import ConfigError, UserError
 from megatron_nucleus.utils.staging import FULL_DISK
 
 CRASHED = "process_crash"
@@ -113,7 +114,7 @@ def read_rows(store: Store, level: int, part: str, stage: Stage, positions: np.n
 
 def _results(
     stage: Stage, settings: Any, table: pa.Table, task: RowTask, trail: int
-) -> Iterator[dict | Drop]:
+) -> Iterator[Mapping[str, Any] | Drop]:
     """One result per row of the table, in order."""
     size = 1 if task.careful else stage.batch_rows
     for start in range(0, len(table), size):
@@ -128,48 +129,85 @@ def _results(
         yield from _call(stage, settings, rows)
 
 
-def _call(stage: Stage, settings: Any, rows: Sequence[Row]) -> list[dict | Drop]:
+def _call(stage: Stage, settings: Any, rows: Sequence[Row]) -> list[Mapping[str, Any] | Drop]:
     try:
         results = stage.function(rows, settings)
     except UserError:
         raise  # a wrong setting, or surroundings that would fail every row
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             raise
         if len(rows) == 1:
             return [_failed(stage, error)]
         return [result for row in rows for result in _call(stage, settings, [row])]
-    if len(results) != len(rows):
-        raise AssertionError(f"stage {stage.name} gave {len(results)} results for {len(rows)} rows")
-    return list(results)
+    return _checked(stage, results, len(rows))
 
 
-def _failed(stage: Stage, error: Exception) -> Drop:
+def _failed(stage: Stage, error: BaseException) -> Drop:
     if isinstance(error, UnusableImage):
         return Drop(error.reason, error.detail)
     return Drop(f"{stage.name}_failed", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
 
+def _checked(stage: Stage, results: Any, rows: int) -> list[Mapping[str, Any] | Drop]:
+    """What a stage returned, if it is what it promised.
+
+    Raises:
+        ConfigError: it is not; names the stage and what is wrong.
+    """
+    if not isinstance(results, list | tuple) or len(results) != rows:
+        shown = (
+            f"{len(results)} results" if isinstance(results, list | tuple) else f"a {type(results).__name__}"
+        )
+        raise ConfigError(
+            f"stage {stage.name} returned {shown} for {rows} rows; it must be a list with one per row"
+        )
+    for number, result in enumerate(results):
+        if isinstance(result, Drop):
+            if not (isinstance(result.reason, str) and isinstance(result.detail, str)):
+                raise ConfigError(
+                    f"stage {stage.name}: result {number} is {result!r:.100}; reason and detail are text"
+                )
+            if not stage.declares(result.reason):
+                raise ConfigError(
+                    f"stage {stage.name} drops a row for {result.reason!r}, a reason that it does not declare"
+                )
+        elif not isinstance(result, Mapping):
+            kind = type(result).__name__
+            raise ConfigError(
+                f"stage {stage.name}: result {number} is a {kind}; it must be a mapping or a Drop"
+            )
+        elif set(result) != set(stage.adds.names):
+            raise ConfigError(
+                f"stage {stage.name} returned the columns {sorted(map(str, result))}, it declares "
+                f"{sorted(stage.adds.names)}"
+            )
+    return list(results)
+
+
 def _tables_of(
-    stage: Stage, task: RowTask, table: pa.Table, results: Sequence[dict | Drop]
+    stage: Stage, task: RowTask, table: pa.Table, results: Sequence[Mapping[str, Any] | Drop]
 ) -> tuple[pa.Table, pa.Table]:
     """Rows that go on, with the stage's columns, and dropped rows."""
     kept = [(at, result) for at, result in enumerate(results) if not isinstance(result, Drop)]
-    names = set(stage.adds.names)
-    for _, result in kept:
-        if result.keys() != names:
-            raise AssertionError(
-                f"stage {stage.name} returned the columns {sorted(result)}, it declares {sorted(names)}"
-            )
     columns = {"position": table["position"].take(pa.array([at for at, _ in kept], pa.int64()))}
     for field in stage.adds:
-        try:
-            columns[field.name] = pa.array([result[field.name] for _, result in kept], field.type)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise AssertionError(f"stage {stage.name}: column {field.name}: {error}") from error
+        columns[field.name] = _column(stage, field, [result[field.name] for _, result in kept])
     rows = pa.table(columns, schema=pa.schema([tables.POSITION, *stage.adds]))
     drops = [(at, result) for at, result in enumerate(results) if isinstance(result, Drop)]
     return rows, dropped_table(stage, task.line.name, table, drops)
+
+
+def _column(stage: Stage, field: pa.Field, values: list[Any]) -> pa.Array:
+    if pa.types.is_integer(field.type):  # pyarrow would cut the decimals of 1.5 without a word
+        wrong = [value for value in values if not isinstance(value, numbers.Integral | None)]
+        if wrong:
+            raise ConfigError(f"stage {stage.name}: column {field.name}: {wrong[0]!r:.50} is no whole number")
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"stage {stage.name}: column {field.name} ({field.type}): {reason}") from error
 
 
 def dropped_table(stage: Stage, label: str, table: pa.Table, drops: Sequence[tuple[int, Drop]]) -> pa.Table:

@@ -29,13 +29,14 @@ _MAX_CRASHES_PER_PART = 20
 
 
 class Run(NamedTuple):
-    """What the runner needs for every stage of one curation."""
+    """What every stage of one curation needs. lines: its recipe. retry: try again what failed for a passing reason."""
 
     store: Store
     parts: tuple[str, ...]
     engine: Engine
     source: PayloadSource
     retry: bool
+    lines: tuple[Line, ...] = ()
 
 
 def run_stage(
@@ -55,7 +56,7 @@ def run_stage(
     folder.mkdir(parents=True, exist_ok=True)
     runner = _run_rows if stage.kind == "rows" else run_corpus
     records = runner(run, level, line, version, folder, progress)
-    _clear_strays(folder, set(run.parts))
+    clear_strays(folder, set(run.parts))
     summary = {
         "stage": line.name,
         "version": version,
@@ -66,7 +67,7 @@ def run_stage(
     return records
 
 
-def _clear_strays(folder: Path, parts: set[str]) -> None:
+def clear_strays(folder: Path, parts: set[str]) -> None:
     """Remove what killed processes left half written, and parts that the input no longer has."""
     for path in folder.iterdir():
         if path.is_dir() and path.name not in parts:

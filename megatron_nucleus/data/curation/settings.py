@@ -34,6 +34,8 @@ class CurationConfig:
                 raise ConfigError(f"{name} {getattr(self, name)}: at least 1")
         if self.max_pixels > images.PILLOW_MAX_PIXELS:
             raise ConfigError(f"max_pixels {self.max_pixels}: at most {images.PILLOW_MAX_PIXELS}")
+        if not self.source.strip():
+            raise ConfigError("source is empty; name the collection")
         if self.min_bucket_images < 0:
             raise ConfigError(f"min_bucket_images {self.min_bucket_images}: 0 or more")
 

@@ -25,7 +25,7 @@ from megatron_nucleus.data.curation.stage import REFERENCE_COLUMNS, PayloadSourc
 from megatron_nucleus.data.curation.store import ROWS, SUCCESS, Store
 from megatron_nucleus.data.images import UnusableImage
 from megatron_nucleus.utils.errors import DataError
-from megatron_nucleus.utils.files import write_json_atomic
+from megatron_nucleus.utils.files import sha256_file, write_json_atomic
 
 _NEEDED = (
     *REFERENCE_COLUMNS,
@@ -85,12 +85,18 @@ def finished(task: ShardTask) -> Packed | None:
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: damaged ({error}); remove {path.parent} and run again") from error
     tar = Path(task.output) / packed.shard.tar
-    whole = tar.is_file() and tar.stat().st_size == packed.shard.bytes
-    return packed if packed.entry == task.entry and whole else None
+    if packed.entry != task.entry or not tar.is_file() or tar.stat().st_size != packed.shard.bytes:
+        return None
+    return packed if sha256_file(tar) == packed.shard.sha256 else None
+
+
+def make_shard(task: ShardTask) -> Packed:
+    """The shard of a task, written unless it is there already, whole; called in a worker."""
+    return finished(task) or write_shard(task)
 
 
 def write_shard(task: ShardTask) -> Packed:
-    """Write one shard and the table of its index rows; called in a worker.
+    """Write one shard and the table of its index rows.
 
     Raises:
         InputChanged: an input file is no longer what was inspected.

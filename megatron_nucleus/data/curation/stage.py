@@ -171,13 +171,18 @@ class Stage:
     gpus: Callable[[Any], float]
     modules: tuple[ModuleType, ...]
 
+    def declares(self, reason: str) -> bool:
+        """Whether the stage may drop a row for this."""
+        return reason in self.rejects or reason in {
+            *self.quarantines,
+            *self.failures,
+            *images.UNUSABLE_REASONS,
+            *readers.READ_REASONS,
+        }
+
     def verdict(self, reason: str) -> str:
-        """``rejected`` or ``quarantined``; a reason that the stage does not declare is a bug (AssertionError)."""
-        if reason in self.rejects:
-            return "rejected"
-        if reason in {*self.quarantines, *self.failures, *images.UNUSABLE_REASONS, *readers.READ_REASONS}:
-            return "quarantined"
-        raise AssertionError(f"stage {self.name} drops a row for {reason!r}, a reason it does not declare")
+        """``rejected`` or ``quarantined``."""
+        return "rejected" if reason in self.rejects else "quarantined"
 
     def version(self, settings: Any) -> str:
         """Hash of all that decides what the stage makes of its input: code, schema and settings.
@@ -189,13 +194,11 @@ class Stage:
         facts = [
             self.name,
             json.dumps(plain, sort_keys=True),
-            str(self.adds),
+            repr([(field.name, str(field.type)) for field in self.adds]),
             repr((self.reads, self.rejects, self.quarantines, self.failures)),
             self.identity(settings),
         ]
-        sources = [
-            inspect.getsource(module) for module in (sys.modules[self.function.__module__], *self.modules)
-        ]
+        sources = [_source(module) for module in (sys.modules[self.function.__module__], *self.modules)]
         return hashlib.sha256("\0".join(facts + sources).encode()).hexdigest()[:16]
 
 
@@ -228,6 +231,9 @@ def row_stage(
     alone; a row on which it raises again is quarantined as ``<name>_failed`` (`UnusableImage`: with its own reason),
     and the work goes on.
     """
+
+    if batch_rows < 1:
+        raise ValueError(f"batch_rows {batch_rows}: at least 1")
 
     def declare(function: RowFunction) -> Stage:
         name = function.__name__

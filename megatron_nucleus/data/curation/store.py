@@ -85,10 +85,13 @@ class Store:
         """
         path = self.part_folder(level, part) / SUCCESS
         try:
-            return Record(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("checksum", None) != _checksum(values):
+                raise ValueError("wrong checksum")
+            return Record(**values)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged ({error}); remove {path.parent} and run again") from error
 
     def finished(self, level: int, part: str) -> Record:
@@ -127,7 +130,8 @@ class Store:
         record = Record(
             self.levels[level].name, version, entry, digest.hexdigest(), counts, retry, notes or {}
         )
-        write_json_atomic(temporary / SUCCESS, record._asdict())
+        values = record._asdict()
+        write_json_atomic(temporary / SUCCESS, {**values, "checksum": _checksum(values)})
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         return record
@@ -178,6 +182,10 @@ class Store:
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: damaged ({reason}); remove {path.parent} and run again") from error
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def count_verdicts(kept: int, dropped: pa.Table) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_nucleus.data.curation import pack, runner
+from megatron_nucleus.data.curation import pack, runner, shard_task
 from megatron_nucleus.data.curation.pipeline import curate
 from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.data.index import INDEX_SCHEMA
@@ -24,7 +24,7 @@ TOYS = str(Path(__file__).with_name("toy_stages.py"))
 @pytest.mark.parametrize("stop_in", ["inspect", "pack"])
 def test_a_stopped_run_goes_on_and_ends_the_same(curated, tmp_path, monkeypatch, stop_in):
     source, output, _ = curated
-    module, name = (runner, "run_part") if stop_in == "inspect" else (pack, "write_shard")
+    module, name = (runner, "run_part") if stop_in == "inspect" else (shard_task, "write_shard")
     original, calls = getattr(module, name), []
 
     def stopping(task):
@@ -48,17 +48,17 @@ def test_a_stopped_run_goes_on_and_ends_the_same(curated, tmp_path, monkeypatch,
 
 def test_an_unfinished_run_may_be_finished_with_other_settings(curated, tmp_path, monkeypatch):
     source, output, _ = curated
-    original = pack.write_shard
+    original = shard_task.write_shard
 
     def stop(task):
         if task.bucket != "1024x1024":
             raise KeyboardInterrupt
         return original(task)
 
-    monkeypatch.setattr(pack, "write_shard", stop)
+    monkeypatch.setattr(shard_task, "write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         curate(source, tmp_path / "out", make_settings(min_side_px=300))
-    monkeypatch.setattr(pack, "write_shard", original)
+    monkeypatch.setattr(shard_task, "write_shard", original)
     curate(source, tmp_path / "out", CONFIG)
     assert files_of(tmp_path / "out") == files_of(output)
 
@@ -255,3 +255,35 @@ def test_a_changed_file_costs_its_own_part(tmp_path, photos, monkeypatch):
     rows = {r["source_id"]: r["captions"][0]["text"] for r in table(tmp_path / "out" / "index", INDEX_SCHEMA)}
     assert rows["3.png"] == "another caption"
     assert rows["2.png"] == "a picture called 2"
+
+
+def test_a_damaged_shard_is_made_again_and_a_missing_one_is_named(tmp_path, photos):
+    pictures = {f"{i}.png": encode(photos["coffee.png"].resize((80 + i, 70))) for i in range(3)}
+    source = write_captioned(tmp_path / "in", pictures)
+    result = curate(source, tmp_path / "out", make_settings())
+    shard = Path(result["shards"][0])
+    whole = files_of(tmp_path / "out")
+    flipped = bytearray(shard.read_bytes())
+    flipped[1000] ^= 1
+    shard.write_bytes(bytes(flipped))
+    (tmp_path / "out" / ".building.json").write_text('{"tool": "curate"}')
+    (tmp_path / "out" / "manifest.json").unlink()
+    curate(source, tmp_path / "out", make_settings())
+    assert files_of(tmp_path / "out") == whole
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard.name}: missing; copy the data set again or make it again"):
+        curate(source, tmp_path / "out", make_settings())
+
+
+def test_relative_paths_and_a_stage_that_changes_the_folder(tmp_path, photos, monkeypatch):
+    pictures = {f"{i}.png": encode(photos["coffee.png"].resize((80 + i, 70))) for i in range(3)}
+    write_captioned(tmp_path / "in", pictures)
+    monkeypatch.chdir(tmp_path)
+    wander = tmp_path / "wander.py"
+    wander.write_text(
+        "import os\nfrom megatron_nucleus.data.curation.stage import row_stage\n"
+        "@row_stage()\ndef wander(rows, config):\n    os.chdir('/')\n    return [{} for _ in rows]\n"
+    )
+    result = curate("in", "out", make_settings(["inspect", "wander.py:wander"]))
+    assert result["kept"] == 3
+    assert len(open_corpus(tmp_path / "out")) == 3

@@ -320,3 +320,12 @@ def test_a_folder_that_is_not_there(tmp_path):
     put(tmp_path, {"f": b""})
     with pytest.raises(ConfigError, match="is not a folder"):
         readers.scan(tmp_path / "f")
+
+
+def test_a_link_in_a_circle_is_an_item_that_cannot_be_read(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere.jpg").symlink_to("missing")
+    found = readers.scan(tmp_path)
+    assert [item.name for task in found.tasks for item in task.items] == ["loop", "nowhere.jpg"]
+    with pytest.raises(UnusableImage, match="unreadable"):
+        readers.read_reference(str(tmp_path), readers.Reference(b"loop"), 100)

@@ -138,3 +138,33 @@ def test_a_file_that_does_not_import_is_named(tmp_path):
     path.write_text("import numpy\n1 / 0\n")
     with pytest.raises(ConfigError, match=r"broken.py:f: ZeroDivisionError: division by zero"):
         resolve(stages("inspect", f"{path}:f"), {})
+
+
+@pytest.mark.parametrize(
+    ("adds", "message"),
+    [
+        ("{'container': pa.binary()}", "bad writes column container, which is not a stage's to write"),
+        ("{'position': pa.int32()}", "bad writes column position, which is not a stage's to write"),
+        ("{'captions': pa.string()}", r"bad writes column captions as string, it must be list<"),
+        ("{'tier': pa.int8()}", "bad writes column tier as int8, it must be string"),
+        ("{'phash': pa.binary()}", "bad writes column phash as binary, it must be uint64"),
+    ],
+)
+def test_a_stage_may_not_write_what_others_rely_on(tmp_path, adds, message):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "import pyarrow as pa\nfrom megatron_nucleus.data.curation.stage import row_stage\n"
+        f"@row_stage(adds={adds})\ndef bad(rows, config):\n    return []\n"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(stages("inspect", f"{path}:bad"), {})
+
+
+def test_a_batch_of_no_rows_is_refused(tmp_path):
+    path = tmp_path / "none.py"
+    path.write_text(
+        "from megatron_nucleus.data.curation.stage import row_stage\n"
+        "@row_stage(batch_rows=0)\ndef none(rows, config):\n    return []\n"
+    )
+    with pytest.raises(ConfigError, match="ValueError: batch_rows 0: at least 1"):
+        resolve(stages("inspect", f"{path}:none"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_nucleus.data.curation import store as tables
 from megatron_nucleus.data.curation.engines.local import LocalEngine
 from megatron_nucleus.data.curation.recipe import Line
 from megatron_nucleus.data.curation.runner import Run, run_stage
-from megatron_nucleus.data.curation.stage import PayloadSource
+from megatron_nucleus.data.curation.stage import PayloadSource, _source
 from megatron_nucleus.data.curation.store import Level, Store
 from megatron_nucleus.utils.errors import ConfigError, DataError
 
@@ -207,12 +208,66 @@ def test_a_wrong_setting_stops_the_stage(tmp_path):
             "wrong_columns",
             r"stage wrong_columns returned the columns \['letters'\], it declares \['letter'\]",
         ),
-        ("undeclared", "stage undeclared drops a row for 'strange', a reason it does not declare"),
+        ("undeclared", "stage undeclared drops a row for 'strange', a reason that it does not declare"),
     ],
 )
 def test_a_stage_that_breaks_its_own_declaration_is_a_bug(tmp_path, function, message):
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run_all(make_run(tmp_path, [line(function)]), [line(function)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", "stage nonsense returned a NoneType for 1 rows; it must be a list with one per row"),
+        ("generator", "stage nonsense returned a generator for 1 rows"),
+        ("short", "stage nonsense returned 0 results for 1 rows"),
+        ("nothing", "stage nonsense: result 0 is a NoneType; it must be a mapping or a Drop"),
+        ("tuples", "stage nonsense: result 0 is a tuple"),
+        ("detail", "stage nonsense: result 0 is Drop.* reason and detail are text"),
+        ("reason", "stage nonsense: result 0 is Drop.* reason and detail are text"),
+        ("float", "stage nonsense: column whole: 1.5 is no whole number"),
+        ("text", "stage nonsense: column whole: 'one' is no whole number"),
+        ("large", r"stage nonsense: column whole \(int64\): "),
+    ],
+)
+def test_nonsense_from_a_stage_is_one_error_that_names_it(tmp_path, kind, message):
+    lines = [line("nonsense", kind=kind)]
+    with pytest.raises(ConfigError, match=message):
+        run_all(make_run(tmp_path, lines), lines)
+
+
+def test_a_stage_that_calls_exit_costs_the_row(tmp_path):
+    lines = [line("nonsense", kind="exit")]
+    run = make_run(tmp_path, lines)
+    (records,) = run_all(run, lines)
+    assert [r.counts["quarantined"] for r in records] == [{"nonsense_failed": len(v)} for v in PARTS.values()]
+    assert run.store.dropped(1, "part-0")["detail"].to_pylist() == ["SystemExit: 3"]
+
+
+def test_a_record_that_was_changed_is_noticed(tmp_path):
+    run_all(make_run(tmp_path, [line()]), [line()])
+    path = tmp_path / "01-double" / "part-2" / "_SUCCESS.json"
+    path.write_text(path.read_text().replace('"kept": 6', '"kept": 7'))
+    with pytest.raises(DataError, match=r"part-2/_SUCCESS.json: damaged \(wrong checksum\)"):
+        run_all(make_run(tmp_path, [line()]), [line()])
+
+
+def test_a_change_in_a_package_that_a_stage_relies_on_changes_its_version(tmp_path, monkeypatch):
+    package = tmp_path / "relied_on"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("A = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import relied_on
+
+    stage, settings = line().load()
+    stage = dataclasses.replace(stage, modules=(relied_on,))
+    first = stage.version(settings)
+    assert stage.version(settings) == first
+    _source.cache_clear()
+    (package / "part.py").write_text("A = 2\n")
+    assert stage.version(settings) != first
 
 
 def test_damaged_tables_are_named(tmp_path):

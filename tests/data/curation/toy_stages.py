@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -133,3 +134,33 @@ not_a_stage = 3
 def die(task):
     """A task that ends its process."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process_id(task):
+    """A task that says where it ran."""
+    return os.getpid()
+
+
+@dataclasses.dataclass(frozen=True)
+class NonsenseConfig:
+    """What a careless stage returns."""
+
+    kind: str = knob("none", "which nonsense")
+
+
+@row_stage(NonsenseConfig, reads=("value",), adds={"whole": pa.int64()}, rejects=("odd",), batch_rows=8)
+def nonsense(rows, config):
+    """Breaks the promise of a stage in many ways."""
+    if config.kind == "exit":
+        sys.exit(3)
+    whole = {"float": 1.5, "text": "one", "large": 2**70}.get(config.kind, 1)
+    results = [{"whole": whole} for _ in rows]
+    return {
+        "none": None,
+        "generator": (result for result in results),
+        "short": results[:-1],
+        "nothing": [None] * len(rows),
+        "tuples": [("whole", 1)] * len(rows),
+        "detail": [Drop("odd", 5)] * len(rows),
+        "reason": [Drop(None)] * len(rows),
+    }.get(config.kind, results)

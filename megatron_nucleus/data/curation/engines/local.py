@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +16,6 @@ from typing import Any
 from megatron_nucleus.data.curation.engines import WorkerDied
 
 _DIED = WorkerDied("the process ended")
-_PARENT_CHECK_S = 2.0
 
 
 class LocalEngine:
@@ -35,25 +35,23 @@ class LocalEngine:
         if not self.pool:
             yield from ((task, function(task)) for task in tasks)
             return
-        waiting = iter(tasks)
+        submitted = 0
         running: dict[Future, Any] = {}
         while True:
             pool = self._open(workers, gpus)
-            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
-                running[pool.submit(function, task)] = task
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                try:
+            try:
+                while len(running) < 2 * workers and submitted < len(tasks):
+                    running[pool.submit(function, tasks[submitted])] = tasks[submitted]
+                    submitted += 1
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
-                except BrokenProcessPool:
-                    break
-                yield running.pop(future), result
-            else:
-                continue
-            self.close()  # one process died, and the pool with it: every task in flight may be to blame
-            suspects, running = list(running.values()), {}
-            yield from ((task, _DIED) for task in suspects)
+                    yield running.pop(future), result
+            except BrokenProcessPool:  # one process died, and the pool with it: all in flight may be to blame
+                self.close()
+                suspects, running = list(running.values()), {}
+                yield from ((task, _DIED) for task in suspects)
 
     def alone(self, function: Callable[[Any], Any], task: Any, gpus: float = 0.0) -> Any:
         """See `engines.Engine`; always in a process of its own."""
@@ -88,11 +86,11 @@ def _pool(workers: int, gpus: float = 0.0) -> ProcessPoolExecutor:
     context.set_forkserver_preload(["megatron_nucleus.data.curation.runner"])
     started = context.Value("i", 0)
     return ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(), started, gpus)
+        workers, mp_context=context, initializer=_start_worker, initargs=(started, gpus)
     )
 
 
-def _start_worker(parent: int, started: Any, gpus: float) -> None:
+def _start_worker(started: Any, gpus: float) -> None:
     """The main process handles signals; a worker leaves when the main process is gone, and sees its own GPUs only."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Every worker has a core: a model that took all of them would only make the others wait.
@@ -102,15 +100,15 @@ def _start_worker(parent: int, started: Any, gpus: float) -> None:
         number, started.value = started.value, started.value + 1
     _choose_gpus(number, gpus)
 
-    def leave_with_parent() -> None:
-        while True:
-            time.sleep(_PARENT_CHECK_S)
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+def _leave_with_parent() -> None:
+    """End this process when the main one has ended, also where nobody has waited for it yet."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _choose_gpus(worker: int, gpus: float) -> None:

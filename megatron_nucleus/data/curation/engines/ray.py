@@ -3,12 +3,14 @@
 ``ray start --head`` on one machine and ``ray start --address=HEAD:6379`` on the others, then the same command with
 ``--engine ray`` on any of them; without a cluster one is started on this machine and ended afterwards. Every worker is
 an actor with one task at a time, so a process that dies is known by its task. The package must be installed on every
-machine, and input and output must have the same path there.
+machine, and input, output and the folder where the program is started must have the same path there. Newer versions of
+Ray ask for a token (``RAY_AUTH_MODE=token``): give both sides the same, or start the cluster without.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ except ImportError as error:
     raise ConfigError(
         "--engine ray: Ray is not installed; pip install 'megatron-nucleus[ray]', or use --engine local"
     ) from error
+
+
+_PROBE_S = 5.0
 
 
 class RayEngine:
@@ -105,21 +110,44 @@ def _join(config: EngineConfig) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.ray_address != "auto":
         try:
+            _probe(config.ray_address)
             ray.init(address=config.ray_address, **quiet)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"--ray-address {config.ray_address}: no Ray cluster answers ({reason})"
-            ) from error
+        except (OSError, RayError, ValueError, RuntimeError) as error:
+            raise _no_answer(config.ray_address, error) from error
         return
     try:
         ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init(num_cpus=config.worker_count(), include_dashboard=False, **quiet)
+    except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+        if "Could not find any running Ray instance" not in str(error):
+            raise _no_answer("auto", error) from error
+        ray.init(address="local", num_cpus=config.worker_count(), include_dashboard=False, **quiet)
+
+
+def _probe(address: str) -> None:
+    """Fail at once where nothing listens; Ray itself tries for minutes. Addresses with a scheme are left to Ray."""
+    host, separator, port = address.rpartition(":")
+    if "://" not in address:
+        if not separator or not port.isdigit():
+            raise ValueError("not HOST:PORT")
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+
+
+def _no_answer(address: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(
+        f"--ray-address {address}: no Ray cluster answers ({reason}); is it running, and have both sides the same "
+        "RAY_AUTH_MODE and token?"
+    )
 
 
 class _Worker:
-    """One process of the cluster. Ray itself gives it one OpenMP thread per CPU it has asked for."""
+    """One process of the cluster. Ray itself gives it one OpenMP thread per CPU it has asked for.
+
+    folder: where the program was started; paths in settings may be relative to it.
+    """
+
+    def __init__(self, folder: str):
+        os.chdir(folder)
 
     def run(self, function: Callable[[Any], Any], task: Any) -> Any:
         """Call the function on the task."""
@@ -127,7 +155,7 @@ class _Worker:
 
 
 def _new_actor(gpus: float) -> Any:
-    return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Worker).remote()
+    return ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Worker).remote(os.getcwd())
 
 
 def _result(reference: Any) -> Any:

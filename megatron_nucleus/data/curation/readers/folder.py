@@ -26,12 +26,12 @@ def walk(
     try:
         with os.scandir(here) as listing:
             entries = sorted(listing, key=lambda e: e.name)
-    except PermissionError:
+    except OSError:
         yield folder, 0, 0  # becomes an item that cannot be read
         return
     for entry in entries:
         path = os.path.join(folder, entry.name)
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from walk(base, path, above)
         else:
             try:
@@ -39,6 +39,14 @@ def walk(
                 yield path, found.st_size, found.st_mtime_ns
             except OSError:
                 yield path, 0, 0
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """False also for a link that leads nowhere or in a circle: then it is an item that cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def is_hidden(path: bytes) -> bool:

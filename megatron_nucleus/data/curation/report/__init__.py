@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_nucleus.data.curation import recipe
 from megatron_nucleus.data.curation.report import gather
 from megatron_nucleus.data.curation.report.examples import collect
 from megatron_nucleus.data.curation.report.funnel import funnel_figure, png, steps_of
@@ -41,12 +40,11 @@ def write(
         settings: `settings.Settings`. counts: of the manifest. results: `pipeline.StageResult` of every stage, the
             list of items first. packed: `pack.PackedSet`, None when nothing was kept.
     """
-    lines = recipe.resolve(settings.recipe, settings.stage_sections())
-    gathered = gather.gather(run.store, run.parts, lines, packed.moved if packed is not None else {})
+    gathered = gather.gather(run.store, run.parts, run.lines, packed.moved if packed is not None else {})
     facts = Facts(
         source=str(source).encode("utf-8", "backslashreplace").decode(),
         settings=settings,
-        lines=lines,
+        lines=run.lines,
         counts=counts,
         results=results,
         steps=steps_of(results),
