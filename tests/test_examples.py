@@ -1,4 +1,4 @@
-"""Every recipe in examples/ is a complete, valid configuration of tools/train.py."""
+"""Every training recipe in examples/ is a complete, valid configuration of tools/train.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from megatron_nucleus.utils.config import Parser
 from tests.support import ROOT
 
 SUITES = ROOT / "examples" / "scenes" / "ablations.yaml"  # the one file that is for tools/ablate.py
-RECIPES = sorted(set((ROOT / "examples").rglob("*.yaml")) - {SUITES})
+CURATION = {ROOT / "examples" / "scenes" / "curate.yaml", *(ROOT / "examples" / "curation").glob("*.yaml")}
+RECIPES = sorted(set((ROOT / "examples").rglob("*.yaml")) - {SUITES} - CURATION)
 LADDER = [ROOT / "examples" / "scenes" / f"{name}.yaml" for name in ("stage1_32", "stage2_64", "stage3_128")]
 
 

@@ -216,7 +216,8 @@ def dropped_table(stage: Stage, label: str, table: pa.Table, drops: Sequence[tup
     rows = [
         {
             "position": row["position"],
-            "retry": drop.reason in stage.failures,
+            "retry": drop.reason in stage.failures
+            or drop.reason == CRASHED,  # it may have been short of memory
             "item": row["item"],
             "verdict": "quarantined" if drop.reason == CRASHED else stage.verdict(drop.reason),
             "reason": drop.reason,
