@@ -18,21 +18,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import re
-import sys
 import typing
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import yaml
 
 from megatron_nucleus.data import index
-from megatron_nucleus.data.curation import readers
+from megatron_nucleus.data.curation import own_code, readers
 from megatron_nucleus.data.curation.stage import Stage
 from megatron_nucleus.data.curation.store import Level
 from megatron_nucleus.utils.config import coerce, knob, to_dict
@@ -247,19 +242,13 @@ def _writer_hint(column: str) -> str:
 
 def _find(spec: str, label: str) -> str:
     """The absolute form of a stage's name."""
-    if ":" not in spec:
-        if spec not in BUILT_IN:
-            raise ConfigError(
-                f"{label}: unknown stage{nearest(spec, BUILT_IN)}; one of {', '.join(BUILT_IN)}, or FILE.py:FUNCTION"
-            )
-        return BUILT_IN[spec]
-    module, function = spec.rsplit(":", 1)
-    if module.endswith(".py"):
-        path = Path(module).resolve()
-        if not path.is_file():
-            raise ConfigError(f"{label}: {module}: no such file")
-        return f"{path}:{function}"
-    return spec
+    if ":" in spec:
+        return own_code.absolute(spec, label)
+    if spec not in BUILT_IN:
+        raise ConfigError(
+            f"{label}: unknown stage{nearest(spec, BUILT_IN)}; one of {', '.join(BUILT_IN)}, or FILE.py:FUNCTION"
+        )
+    return BUILT_IN[spec]
 
 
 @functools.cache
@@ -269,37 +258,18 @@ def load_stage(spec: str) -> Stage:
     Raises:
         ConfigError: it cannot be imported, or is no stage.
     """
-    place, function = spec.rsplit(":", 1)
-    try:
-        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(f"recipe.stages: {spec}: {type(error).__name__}: {error}") from error
-    stage = getattr(module, function, None)
+    label = f"recipe.stages: {spec}"
+    stage = own_code.load(spec, label)
     if not isinstance(stage, Stage):
-        found = [name for name, value in vars(module).items() if isinstance(value, Stage)]
+        place, function = spec.rsplit(":", 1)
+        found = [
+            name for name, value in vars(own_code.module_of(spec, label)).items() if isinstance(value, Stage)
+        ]
         raise ConfigError(
-            f"recipe.stages: {spec}: {function} is no stage (row_stage or corpus_stage makes one)"
-            f"; {place} has {', '.join(found) or 'none'}"
+            f"{label}: {function} is no stage (row_stage or corpus_stage makes one); {place} has "
+            f"{', '.join(found) or 'none'}"
         )
     return stage
-
-
-def _module_of_file(path: Path) -> ModuleType:
-    """Import a file under a name of its own, the same in every process."""
-    name = "curation_stage_" + re.sub(r"\W", "_", str(path))
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def build_settings(stage: Stage, values: Mapping[str, Any], label: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from megatron_nucleus.data.curation import own_code
 from megatron_nucleus.data.curation.captioners import prompts
 from megatron_nucleus.data.curation.captioners.ledger import Ledger
 from megatron_nucleus.data.curation.captioners.protocol import Captioner, Failure, Reply, Request, checked
@@ -104,7 +103,7 @@ def identity(settings: CaptionerConfig) -> str:
 
         return revision_of(settings)
     if ".py:" in settings.captioner:
-        return sha256_file(_file_and_class(settings.captioner)[0])
+        return sha256_file(own_code.absolute(settings.captioner, "captioner").rsplit(":", 1)[0])
     return ""
 
 
@@ -122,23 +121,9 @@ def _class_of(settings: CaptionerConfig) -> Any:
         from megatron_nucleus.data.curation.captioners.vision_language import VisionLanguageCaptioner
 
         return VisionLanguageCaptioner
-    path, name = _file_and_class(settings.captioner)
-    spec = importlib.util.spec_from_file_location(f"captioner_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(f"captioner {settings.captioner}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        raise ConfigError(f"captioner {settings.captioner}: {path} has no {name}")
-    return getattr(module, name)
-
-
-def _file_and_class(spec: str) -> tuple[Path, str]:
-    file, name = spec.rsplit(":", 1)
-    path = Path(file).resolve()
-    if not path.is_file():
-        raise ConfigError(f"captioner {spec}: {file}: no such file")
-    return path, name
+    label = f"captioner {settings.captioner}"
+    found = own_code.load(settings.captioner, label)
+    if found is None:
+        place, name = settings.captioner.rsplit(":", 1)
+        raise ConfigError(f"{label}: {place} has no {name}")
+    return found
