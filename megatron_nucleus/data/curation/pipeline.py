@@ -83,13 +83,14 @@ def curate(
     timings: list[StageResult] = []
     if state == "complete":
         manifest.check_files(output, manifest.read_manifest(output)[0])
-    if state == "complete" and retry_failed and _has_failed(output):
+    store = Store(str(output / STAGES), recipe.levels(lines))
+    if state == "complete" and retry_failed and _has_failed(store, found):
         manifest.reopen(output, TOOL, claimed)
         state = "resume"
     if state != "complete":
         keeps = "finished work is kept, and the same command goes on from there"
         with explain_writing(output, keeps), exclusive(output, "--output"):
-            timings = _run(source, output, found, settings, lines, claimed, retry_failed)
+            timings = _run(source, output, found, settings, lines, store, claimed, retry_failed)
             _tidy(output)
     return _summary(output, state == "complete", time.perf_counter() - started, timings)
 
@@ -153,16 +154,12 @@ def _check_input(source: Path, found: readers.Scan, lines: Sequence[recipe.Line]
         raise DataError(f"{source}: {found.files} files and not one has a caption; {_CAPTION_HELP}")
 
 
-def _has_failed(output: Path) -> bool:
-    """Whether any finished part has rows worth another try."""
-    for path in (output / STAGES).glob("*/*/" + tables.SUCCESS):
-        if path.parent.parent.name.endswith(f"-{pack.PACK}"):
-            continue
-        level = tables.Level(int(path.parent.parent.name[:2]), path.parent.parent.name[3:], ())
-        record = Store(str(output / STAGES), (level,)).record(0, path.parent.name)
-        if record is not None and record.retry:
-            return True
-    return False
+def _has_failed(store: Store, found: readers.Scan) -> bool:
+    """Whether a finished data set has rows worth another try."""
+    records = (
+        store.record(level, task.name) for level in range(1, len(store.levels)) for task in found.tasks
+    )
+    return any(record is not None and record.retry for record in records)
 
 
 def _tidy(output: Path) -> None:
@@ -177,10 +174,10 @@ def _run(
     found: readers.Scan,
     settings: Settings,
     lines: tuple[recipe.Line, ...],
+    store: Store,
     claimed: dict,
     retry: bool,
 ) -> list[StageResult]:
-    store = Store(str(output / STAGES), recipe.levels(lines))
     limits = settings.curation
     source_of = PayloadSource(str(source), limits.max_file_bytes, limits.max_pixels)
     parts = tuple(task.name for task in found.tasks)
