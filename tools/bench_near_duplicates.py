@@ -28,6 +28,7 @@ from megatron_nucleus.utils.config import Parser, coerce
 from megatron_nucleus.utils.errors import ConfigError
 from megatron_nucleus.utils.files import write_json_atomic
 from megatron_nucleus.utils.hardware import hardware
+from megatron_nucleus.utils.revision import git_commit
 
 MAX_DISTANCE = near_duplicates.SearchConfig.max_distance
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(near_duplicates.forecast_text(numbers))
     report = {
         "hardware": hardware(),
+        "commit": git_commit(),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
         "command": shlex.join(["tools/bench_near_duplicates.py", *words]),
         "runs": runs,
