@@ -6,7 +6,7 @@ The quarantine beside it lists all that was seen and not kept, with a reason and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -214,15 +214,27 @@ def iter_rows(path: str | Path, schema: pa.Schema, batch_rows: int = 4096) -> It
 
     Map columns come back as dictionaries.
     """
-    file = open_parquet(path, schema)
     maps = [f.name for f in schema if pa.types.is_map(f.type)]
+    for batch in iter_batches(path, schema, batch_rows):
+        for row in batch.to_pylist():
+            for name in maps:
+                row[name] = dict(row[name]) if row[name] is not None else None
+            yield row
+
+
+def iter_batches(
+    path: str | Path, schema: pa.Schema, batch_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of one part in order, ``batch_rows`` in memory at a time. columns: by default all.
+
+    Raises:
+        DataError: as `open_parquet`, or a damaged page.
+    """
+    file = open_parquet(path, schema)
     try:
-        for batch in file.iter_batches(batch_size=batch_rows):
-            for row in batch.to_pylist():
-                for name in maps:
-                    row[name] = dict(row[name]) if row[name] is not None else None
-                yield row
+        yield from file.iter_batches(batch_size=batch_rows, columns=list(columns) if columns else None)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); copy the data set again or make it again") from error
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: damaged ({reason}); copy the data set again or make it again") from error
     finally:
         file.close()

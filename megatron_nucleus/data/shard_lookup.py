@@ -72,17 +72,7 @@ class DataSet:
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The index in order, some thousand rows at a time. columns: by default all."""
         for name, _, _ in self._parts:
-            path = self.root / name
-            file = index.open_parquet(path, index.INDEX_SCHEMA)
-            try:
-                yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns) if columns else None)
-            except (pa.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise DataError(
-                    f"{path}: damaged ({reason}); copy the data set again or make it again"
-                ) from error
-            finally:
-                file.close()
+            yield from index.iter_batches(self.root / name, index.INDEX_SCHEMA, _ROWS_AT_ONCE, columns)
 
     def counts(self) -> dict[str, Any]:
         """What the index says: samples by bucket, tier, episode bucket, licence and source, captions by length class
