@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from megatron_nucleus.data import index
 from megatron_nucleus.data.batching import batch_samples, bucket_sizes
@@ -49,21 +48,14 @@ def bucket_report(
 
 def _add_part(tally: CropTally, path: Any) -> None:
     columns = ["aspect_bucket", "width_px", "height_px"]
-    file = index.open_parquet(path, index.INDEX_SCHEMA)
-    try:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-            buckets = np.array(batch["aspect_bucket"].to_pylist())
-            width_px, height_px = (batch[name].to_numpy(zero_copy_only=False) for name in columns[1:])
-            if not (np.all(width_px > 0) and np.all(height_px > 0)):  # a null is NaN here
-                raise DataError(f"{path}: an image without width_px and height_px; curate the images again")
-            for bucket in np.unique(buckets).tolist():
-                chosen = buckets == bucket
-                tally.add(bucket, width_px[chosen], height_px[chosen])
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: damaged ({reason}); copy the data set again or make it again") from error
-    finally:
-        file.close()
+    for batch in index.iter_batches(path, index.INDEX_SCHEMA, _ROWS_AT_ONCE, columns):
+        buckets = np.array(batch["aspect_bucket"].to_pylist())
+        width_px, height_px = (batch[name].to_numpy(zero_copy_only=False) for name in columns[1:])
+        if not (np.all(width_px > 0) and np.all(height_px > 0)):  # a null is NaN here
+            raise DataError(f"{path}: an image without width_px and height_px; curate the images again")
+        for bucket in np.unique(buckets).tolist():
+            chosen = buckets == bucket
+            tally.add(bucket, width_px[chosen], height_px[chosen])
 
 
 def format_report(rows: list[dict[str, Any]]) -> str:
