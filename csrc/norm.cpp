@@ -3,34 +3,13 @@
 // Statistics are recomputed in the backward pass (a row lies in the first-level cache) instead of being stored.
 // Sums over tokens run over fixed chunks of rows and then over the chunks in order: the same bits for any number of
 // threads.
-#include <cmath>
-
 #include "common.h"
+#include "rows.h"
 
 namespace mn {
 namespace {
 
-constexpr int64_t kTokensPerChunk = 64;
 constexpr int64_t kRowsPerChunk = 512;
-
-template <typename T>
-struct Moments {
-  Wide<T> mean, inverse_std;
-};
-
-template <typename T>
-MN_INLINE Moments<T> moments(const T* __restrict x, int64_t D, Wide<T> eps) {
-  Wide<T> sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) sum += static_cast<Wide<T>>(x[d]);
-  const Wide<T> mean = sum / D;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < D; ++d) {
-    const Wide<T> centred = static_cast<Wide<T>>(x[d]) - mean;
-    squares += centred * centred;
-  }
-  return {mean, Wide<T>(1) / std::sqrt(squares / D + eps)};
-}
 
 template <typename T>
 MN_INLINE void layer_norm_rows(const T* __restrict x, const T* __restrict scale, T* __restrict modulated,
@@ -88,14 +67,6 @@ MN_INLINE void layer_norm_chunk(const T* __restrict grad, const T* __restrict gr
       out[d] = static_cast<T>(inverse_std * (inner[d] - mean_inner - normal[d] * mean_dot));
     }
   }
-}
-
-template <typename T>
-MN_INLINE Wide<T> inverse_rms(const T* __restrict x, int64_t D, Wide<T> eps) {
-  Wide<T> squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t d = 0; d < D; ++d) squares += static_cast<Wide<T>>(x[d]) * static_cast<Wide<T>>(x[d]);
-  return Wide<T>(1) / std::sqrt(squares / D + eps);
 }
 
 template <typename T>
@@ -164,8 +135,6 @@ MN_NORM(float)
 MN_NORM(double)
 MN_NORM(torch::headeronly::BFloat16)
 MN_NORM(torch::headeronly::Half)
-
-int64_t chunks_of(int64_t items, int64_t size) { return (items + size - 1) / size; }
 
 void check_modulated(const Tensor& x, const Tensor& scale) {
   check(x, "x", 3);

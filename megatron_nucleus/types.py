@@ -59,6 +59,13 @@ class TextFeatures(NamedTuple):
     mask_BL: Tensor | None = None
 
 
+class NormalisedText(NamedTuple):
+    """Text features divided by their RMS, and the norm's weight, which the first projection takes over."""
+
+    features_BLU: Tensor
+    weight_U: Tensor
+
+
 class TextKV(NamedTuple):
     """Keys and values of the text for every layer. They do not depend on time: keep them over denoising steps.
 

@@ -26,6 +26,21 @@ def modulated_layer_norm(
     return modulated_BSD, plain_BSD if with_plain else None
 
 
+def gated_residual_norm(
+    x_BSD: Tensor, branch_BSD: Tensor, gate_BD: Tensor, scale_BD: Tensor, eps: float, with_plain: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`ops.norm.gated_residual_norm`."""
+    tensors = (t.to(x_BSD.dtype).contiguous() for t in (x_BSD, branch_BSD, gate_BD, scale_BD))
+    y_BSD, modulated_BSD, plain_BSD = _ops.gated_residual_norm(*tensors, eps, with_plain)
+    return y_BSD, modulated_BSD, plain_BSD if with_plain else None
+
+
+def norm_rope(x_BTHK: Tensor, weight_K: Tensor, rotation_TK: Tensor, eps: float) -> Tensor:
+    """`ops.norm_rope.norm_rope`."""
+    x_BTHK = x_BTHK.to(weight_K.dtype).contiguous()  # as the reference, see `rms_norm`
+    return _ops.norm_rope(x_BTHK, weight_K.contiguous(), torch.view_as_real(rotation_TK), eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.norm.rms_norm`."""
     # The reference rounds to a half-precision weight before the product, and widens x to a wider one.
@@ -66,6 +81,29 @@ def _modulated_save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_BSD, scale_BD)
 
 
+def _gated_backward(ctx, grad_y: Tensor, grad: Tensor, grad_plain: Tensor):
+    y, *saved = ctx.saved_tensors
+    plain = grad_plain.contiguous() if ctx.with_plain else None
+    grads = _ops.gated_residual_norm_backward(
+        grad_y.contiguous(), grad.contiguous(), plain, y, *saved, ctx.eps
+    )
+    return *grads, None, None
+
+
+def _gated_save(ctx, inputs, output) -> None:
+    _, branch, gate, scale, ctx.eps, ctx.with_plain = inputs
+    ctx.save_for_backward(output[0], branch, gate, scale)
+
+
+def _norm_rope_backward(ctx, grad: Tensor):
+    return *_ops.norm_rope_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _norm_rope_save(ctx, inputs, output) -> None:
+    *saved, ctx.eps = inputs
+    ctx.save_for_backward(*saved)
+
+
 def _rms_backward(ctx, grad_ND: Tensor):
     x_ND, weight_D = ctx.saved_tensors
     return *_ops.rms_norm_backward(grad_ND.contiguous(), x_ND, weight_D, ctx.eps), None
@@ -92,6 +130,19 @@ def _register() -> None:
         "combine_rows_backward": lambda grad, rows, weight, index: (like(rows), like(weight)),
         "modulated_layer_norm": lambda x, scale, eps, plain: (like(x), like(x) if plain else x.new_empty(0)),
         "modulated_layer_norm_backward": lambda grad, plain, x, scale, eps: (like(x), like(scale)),
+        "gated_residual_norm": lambda x, branch, gate, scale, eps, plain: (
+            like(x),
+            like(x),
+            like(x) if plain else x.new_empty(0),
+        ),
+        "gated_residual_norm_backward": lambda grad_y, grad, plain, y, branch, gate, scale, eps: (
+            like(y),
+            like(y),
+            like(gate),
+            like(scale),
+        ),
+        "norm_rope": lambda x, weight, rotation, eps: like(x),
+        "norm_rope_backward": lambda grad, x, weight, rotation, eps: (like(x), like(weight)),
         "rms_norm": lambda x, weight, eps: like(x),
         "rms_norm_backward": lambda grad, x, weight, eps: (like(x), like(weight)),
         "swiglu": lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
@@ -100,6 +151,8 @@ def _register() -> None:
     gradients = {
         "combine_rows": (_combine_backward, _combine_save),
         "modulated_layer_norm": (_modulated_backward, _modulated_save),
+        "gated_residual_norm": (_gated_backward, _gated_save),
+        "norm_rope": (_norm_rope_backward, _norm_rope_save),
         "rms_norm": (_rms_backward, _rms_save),
         "swiglu": (_swiglu_backward, _swiglu_save),
     }

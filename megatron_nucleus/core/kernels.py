@@ -15,7 +15,9 @@ class KernelConfig:
 
     attention_backend: str = knob("auto", "softmax attention of image queries over image and text keys")
     modulated_layer_norm_backend: str = knob("auto", "LayerNorm times (1 + scale)")
-    rms_norm_backend: str = knob("auto", "RMSNorm of queries, keys, text and time embedding")
+    gated_residual_norm_backend: str = knob("auto", "x + gate * branch, then LayerNorm times (1 + scale)")
+    rms_norm_backend: str = knob("auto", "RMSNorm of text and time embedding")
+    norm_rope_backend: str = knob("auto", "RMSNorm and rotary positions of queries and keys")
     swiglu_backend: str = knob("auto", "SwiGLU of dense and shared feed-forwards")
     moe_gather_backend: str = knob("auto", "tokens to the experts' rows")
     moe_combine_backend: str = knob("auto", "experts' rows back to the tokens, weighted")
@@ -29,7 +31,9 @@ class Kernels:
 
     attention: Callable
     modulated_layer_norm: Callable
+    gated_residual_norm: Callable
     rms_norm: Callable
+    norm_rope: Callable
     swiglu: Callable
     moe_gather: Callable
     moe_combine: Callable

@@ -1,4 +1,4 @@
-"""Normalisation: affine-free LayerNorm with adaptive scale, and RMSNorm."""
+"""Normalisation: affine-free LayerNorm with adaptive scale, alone and behind a gated residual, and RMSNorm."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def modulated_layer_norm(
     plain_BSD = F.layer_norm(x_BSD, x_BSD.shape[-1:], eps=eps)
     modulated_BSD = plain_BSD * (1 + scale_BD.unsqueeze(1))
     return modulated_BSD, plain_BSD if with_plain else None
+
+
+def gated_residual_norm(
+    x_BSD: Tensor, branch_BSD: Tensor, gate_BD: Tensor, scale_BD: Tensor, eps: float, with_plain: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A gated residual and the norm behind it: ``y = x + gate * branch``, then `modulated_layer_norm` of ``y``.
+
+    Args:
+        x_BSD: residual stream. branch_BSD: what is added to it, dtype of ``x_BSD``.
+        gate_BD: gate of each image, as it is multiplied (bounded already). scale_BD, eps, with_plain: of
+            `modulated_layer_norm`, which sees ``y`` as it is returned, rounded.
+
+    Returns:
+        ``(y_BSD, modulated_BSD, plain_BSD)`` in the dtype of ``x_BSD``; ``plain_BSD`` is None unless asked for.
+    """
+    y_BSD = torch.addcmul(x_BSD, gate_BD.unsqueeze(1), branch_BSD)
+    return y_BSD, *modulated_layer_norm(y_BSD, scale_BD, eps, with_plain)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -25,6 +25,11 @@ class Inputs:
     def index(self, high: int, count: int) -> Tensor:
         return torch.randint(0, high, (count,), generator=self.generator).to(self.device)
 
+    def rotation(self, *shape: int) -> Tensor:
+        """Unit complex numbers, complex64."""
+        angle = torch.rand(*shape, generator=self.generator, dtype=torch.float32) * 6.28
+        return torch.polar(torch.ones_like(angle), angle).to(self.device)
+
     def mask(self, *shape: int) -> Tensor:
         """True where a key counts; the first key always does."""
         mask = torch.rand(*shape, generator=self.generator) < 0.6
@@ -60,6 +65,22 @@ CASES = {
         "no tokens": lambda x: (x(2, 0, 16), x(2, 16), 1e-6, True),
         "spread": lambda x: (x.spread(2, 3, 8), x.spread(2, 8), 1e-6, True),
     },
+    "gated_residual_norm": {
+        "plain": lambda x: (x(2, 5, 16), x(2, 5, 16), x(2, 16), x(2, 16), 1e-6, True),
+        "modulated only": lambda x: (x(2, 5, 16), x(2, 5, 16), x(2, 16), x(2, 16), 1e-6, False),
+        "odd": lambda x: (x(3, 67, 33), x(3, 67, 33), x(3, 33), x(3, 33), 1e-6, True),
+        "wide": lambda x: (x(1, 3, 700), x(1, 3, 700), x(1, 700), x(1, 700), 1e-5, True),
+        "no images": lambda x: (x(0, 5, 16), x(0, 5, 16), x(0, 16), x(0, 16), 1e-6, True),
+        "no tokens": lambda x: (x(2, 0, 16), x(2, 0, 16), x(2, 16), x(2, 16), 1e-6, True),
+        "spread": lambda x: (
+            x.spread(2, 3, 8),
+            x.spread(2, 3, 8),
+            x.spread(2, 8),
+            x.spread(2, 8),
+            1e-6,
+            True,
+        ),
+    },
     "rms_norm": {
         "heads": lambda x: (x(2, 5, 4, 32), x(32), 1e-6),
         "odd": lambda x: (x(3, 7, 13), x(13), 1e-6),
@@ -67,6 +88,14 @@ CASES = {
         "wide": lambda x: (x(2, 700), x(700), 1e-5),
         "empty": lambda x: (x(0, 4, 8), x(8), 1e-6),
         "spread": lambda x: (x.spread(3, 4, 8), x.spread(8), 1e-6),
+    },
+    "norm_rope": {
+        "heads": lambda x: (x(2, 5, 4, 32), x(32), x.rotation(5, 16), 1e-6),
+        "odd": lambda x: (x(3, 7, 3, 10), x(10), x.rotation(7, 5), 1e-6),
+        "many rows": lambda x: (x(2, 130, 5, 8), x(8), x.rotation(130, 4), 1e-6),
+        "wide": lambda x: (x(1, 2, 1, 700), x(700), x.rotation(2, 350), 1e-5),
+        "empty": lambda x: (x(0, 4, 2, 8), x(8), x.rotation(4, 4), 1e-6),
+        "spread": lambda x: (x.spread(3, 4, 2, 8), x.spread(8), x.rotation(4, 4), 1e-6),
     },
     "swiglu": {
         "even": lambda x: (x(4, 6, 32),),

@@ -17,7 +17,7 @@ from megatron_nucleus.core.transformer.block import TransformerBlock
 from megatron_nucleus.core.transformer.embeddings import TimeEmbedding
 from megatron_nucleus.core.transformer.norm import EPS, RMSNorm
 from megatron_nucleus.core.transformer.rope import rope_table
-from megatron_nucleus.types import Routing, TextFeatures, TextKV
+from megatron_nucleus.types import NormalisedText, Routing, TextFeatures, TextKV
 
 
 class NucleusTransformer(nn.Module):
@@ -52,9 +52,9 @@ class NucleusTransformer(nn.Module):
             grid: rows and columns of image tokens (text positions start beyond the image).
         """
         _check_text(text_BLU, text_mask_BL, self.shape.text_dim)
-        text_BLU = self.text_norm(text_BLU)
+        text = self._normalise(text_BLU)
         rotation = rope_table(self.shape.axes_dims_rope, tuple(grid), text_BLU.shape[1], text_BLU.device)[1]
-        pairs = [block.project_text(text_BLU, rotation) for block in self.blocks]
+        pairs = [block.project_text(text, rotation) for block in self.blocks]
         return TextKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), text_mask_BL, tuple(grid))
 
     def forward(
@@ -101,8 +101,12 @@ class NucleusTransformer(nn.Module):
     def _text_of_each_layer(self, text: TextKV | TextFeatures) -> tuple[list, int]:
         if isinstance(text, TextKV):
             return list(zip(text.k_BLGK, text.v_BLGK, strict=True)), text.k_BLGK[0].shape[1]
-        features = self.text_norm(text.features_BLU)
-        return [features] * len(self.blocks), features.shape[1]
+        return [self._normalise(text.features_BLU)] * len(self.blocks), text.features_BLU.shape[1]
+
+    def _normalise(self, text_BLU: Tensor) -> NormalisedText:
+        """Without the norm's weight, which each block folds into its own first projection."""
+        weight_U = self.text_norm.weight
+        return NormalisedText(self.kernels.rms_norm(text_BLU, torch.ones_like(weight_U), EPS), weight_U)
 
     def _check_inputs(self, latents: Tensor, sigma: Tensor, text: TextKV | TextFeatures, grid: tuple) -> None:
         if latents.ndim != 3 or latents.shape[2] != self.shape.patch_channels:

@@ -46,9 +46,11 @@ class Router(nn.Module):
 
     def forward(self, judged_BSD: Tensor, temb_BD: Tensor) -> Routing:
         """judged_BSD: LN(x) before modulation, or after it. Scores are computed in fp32 and rounded to its dtype."""
-        S = judged_BSD.shape[1]
-        features = torch.cat([temb_BD.unsqueeze(1).expand(-1, S, -1), judged_BSD], dim=-1)
-        logits_BSE = nn.functional.linear(features, self.weight)
+        _, S, D = judged_BSD.shape
+        # The time embedding is the same for all tokens of an image: its half of the product is formed once, and no
+        # [B, S, 2D] is written.
+        time_BE = nn.functional.linear(temb_BD, self.weight[:, :D])
+        logits_BSE = nn.functional.linear(judged_BSD, self.weight[:, D:]) + time_BE.unsqueeze(1)
         rows = capacity(self.factor, S, self.weight.shape[0])
         index_BEC, weight_BEC = self.kernels.expert_choice(
             logits_BSE, rows, self.use_sigmoid, self.route_scale

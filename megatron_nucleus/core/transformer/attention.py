@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from megatron_nucleus.core.kernels import Kernels
 from megatron_nucleus.core.models.presets import ModelShape
-from megatron_nucleus.core.transformer.norm import RMSNorm
-from megatron_nucleus.core.transformer.rope import apply_rope
+from megatron_nucleus.core.transformer.norm import EPS, RMSNorm
 
 
 class Attention(nn.Module):
@@ -34,11 +33,14 @@ class Attention(nn.Module):
         self.text_k_norm = RMSNorm(K, kernels)
         self.text_q_norm = RMSNorm(K, kernels).requires_grad_(False)
 
-    def project_text(self, text_BLD: Tensor, rotation_LK: Tensor) -> tuple[Tensor, Tensor]:
-        """Text keys (normalised, rotated) and values: two tensors [B, L, G, K]. They do not depend on time."""
-        k_BLGK = self.text_k(text_BLD).unflatten(-1, (self.kv_heads, -1))
-        v_BLGK = self.text_v(text_BLD).unflatten(-1, (self.kv_heads, -1))
-        return apply_rope(self.text_k_norm(k_BLGK), rotation_LK), v_BLGK
+    def text_rows(self) -> Tensor:
+        """[2*G*K, D]: the weights that make a text token's keys, then those of its values."""
+        return torch.cat([self.text_k.weight, self.text_v.weight])
+
+    def split_text(self, kv_BLM: Tensor, rotation_LK: Tensor) -> tuple[Tensor, Tensor]:
+        """What `text_rows` gave -> text keys (normalised, rotated) and values, [B, L, G, K] each."""
+        k_BLGK, v_BLGK = kv_BLM.unflatten(-1, (2 * self.kv_heads, -1)).chunk(2, dim=2)
+        return self._norm_rope(k_BLGK, self.text_k_norm, rotation_LK), v_BLGK
 
     def forward(
         self, x_BSD: Tensor, text_kv: tuple[Tensor, Tensor], mask_BT: Tensor | None, rotation_SK: Tensor
@@ -47,8 +49,11 @@ class Attention(nn.Module):
         q_BSHK = self.q(x_BSD).unflatten(-1, (self.query_heads, -1))
         k_BSGK = self.k(x_BSD).unflatten(-1, (self.kv_heads, -1))
         v_BSGK = self.v(x_BSD).unflatten(-1, (self.kv_heads, -1))
-        q_BSHK = apply_rope(self.q_norm(q_BSHK), rotation_SK)
-        k_BSGK = apply_rope(self.k_norm(k_BSGK), rotation_SK)
+        q_BSHK = self._norm_rope(q_BSHK, self.q_norm, rotation_SK)
+        k_BSGK = self._norm_rope(k_BSGK, self.k_norm, rotation_SK)
         k_BTGK = torch.cat([k_BSGK, text_kv[0]], dim=1)
         v_BTGK = torch.cat([v_BSGK, text_kv[1]], dim=1)
         return self.out(self.kernels.attention(q_BSHK, k_BTGK, v_BTGK, mask_BT))
+
+    def _norm_rope(self, x_BTHK: Tensor, norm: RMSNorm, rotation_TK: Tensor) -> Tensor:
+        return self.kernels.norm_rope(x_BTHK, norm.weight, rotation_TK, EPS)

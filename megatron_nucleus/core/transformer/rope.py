@@ -47,12 +47,3 @@ def _rotations(positions_T3: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:
         angle = torch.outer(positions_T3[:, axis], frequency)
         parts.append(torch.polar(torch.ones_like(angle), angle))
     return torch.cat(parts, dim=-1)
-
-
-def apply_rope(x_BTHK: Tensor, rotation_TK: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of every head, in fp32; returns x's dtype.
-
-    x_BTHK: [B, T, heads, K]. rotation_TK: [T, K/2] complex64.
-    """
-    pairs = torch.view_as_complex(x_BTHK.float().reshape(*x_BTHK.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation_TK[:, None]).flatten(3).type_as(x_BTHK)

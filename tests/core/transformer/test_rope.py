@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from megatron_nucleus.core.transformer.rope import apply_rope, rope_table
+from megatron_nucleus.core.transformer.rope import rope_table
 from megatron_nucleus.data import buckets
+from megatron_nucleus.ops.norm_rope import rotate
 
 AXES = (4, 6, 6)
 PUBLISHED_AXES = (16, 56, 56)
@@ -62,7 +63,7 @@ def test_text_follows_behind_the_image_on_all_axes(grid, first):
 def test_it_is_a_rotation_of_neighbouring_pairs():
     image, _ = rope_table(AXES, (3, 4), 0, CPU)
     x = torch.randn(2, 12, 3, sum(AXES), generator=torch.Generator().manual_seed(0))
-    turned = apply_rope(x, image)
+    turned = rotate(x, image)
     pairs, turned_pairs = x.unflatten(-1, (-1, 2)), turned.unflatten(-1, (-1, 2))
     torch.testing.assert_close(turned_pairs.norm(dim=-1), pairs.norm(dim=-1))
     one = torch.zeros(1, 12, 1, sum(AXES))
@@ -70,10 +71,10 @@ def test_it_is_a_rotation_of_neighbouring_pairs():
     angle = torch.tensor(
         [[cmath.phase(z) for z in rotation((0, r, c))] for r in (-2, -1, 0) for c in range(-2, 2)]
     )
-    got = apply_rope(one, image)[0, :, 0]
+    got = rotate(one, image)[0, :, 0]
     torch.testing.assert_close(got[:, 0::2], angle.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(got[:, 1::2], angle.sin(), rtol=0, atol=1e-6)
-    assert apply_rope(x.bfloat16(), image).dtype == torch.bfloat16
+    assert rotate(x.bfloat16(), image).dtype == torch.bfloat16
 
 
 def test_scores_depend_on_distances_alone():
@@ -82,7 +83,7 @@ def test_scores_depend_on_distances_alone():
     q, k = torch.randn(2, sum(AXES), generator=torch.Generator().manual_seed(1))
 
     def score(a, b):
-        turn = [apply_rope(x.view(1, 1, 1, -1), row[None]).flatten() for x, row in ((q, a), (k, b))]
+        turn = [rotate(x.view(1, 1, 1, -1), row[None]).flatten() for x, row in ((q, a), (k, b))]
         return float(turn[0] @ turn[1])
 
     for dr, dc in ((0, 1), (2, 0), (1, 3)):
