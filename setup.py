@@ -57,7 +57,8 @@ EXTRAS = {
     # be listed: `apex` on PyPI is another project, and DeepEP is not there (build both from their repositories).
     "flash-attn": ["flash-attn>=2.8"],
     "transformer-engine": ["transformer-engine[pytorch]>=2.10"],
-    "dali": ["nvidia-dali-cuda130>=1.51"],
+    "torchao": ["torchao>=0.18"],  # on a CPU its FP8 linear layers run emulated
+    "dali": ["nvidia-dali-cuda130>=2.4"],
 }
 
 
@@ -123,6 +124,7 @@ setup(
     # Named so that an editable install is a plain entry of sys.path, which tests/triton_ops cannot shadow.
     package_dir={"": "."},
     packages=find_packages(include=["megatron_nucleus", "megatron_nucleus.*", "triton_ops", "triton_ops.*"]),
+    package_data={"triton_ops": ["tuned/*.json"]},  # tile sizes measured on GPUs (tools/tune_ops.py)
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     ext_modules=extensions(),

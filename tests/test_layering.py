@@ -17,6 +17,7 @@ LEVELS = {
 }  # fmt: skip
 # Parts of one level that may meet, with the reason.
 ALLOWED_PAIRS = {
+    ("backends", "ops"),  # an adapter may build on a reference
     ("inference", "export"),  # a pipeline is loaded from a checkpoint
     ("evaluation", "inference"),  # scores are taken of sampled pictures
     ("evaluation", "export"),  # and reports describe checkpoints

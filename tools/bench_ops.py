@@ -1,84 +1,172 @@
-"""Time every operation's backends beside plain torch: forward, and forward with backward, at the demo's shapes."""
+"""Time every operation's backends: against plain torch, and against what the machine can do at most.
+
+Forward, and forward with backward. The ceilings are a large matrix product and a large copy, measured in the same run,
+and for what fits into a cache a copy of that size; "of ceiling" is the least time that an operation's FLOPs and bytes
+take at these rates, divided by its own time. `orthogonalize` of the published layer is 6 TFLOP: leave it out on a CPU
+with --ops. Examples:
+
+  tools/bench_ops.py --threads 1 --tokens 16 --repeats 100
+  tools/bench_ops.py --shapes demo 17b-layer --dtype bfloat16 --record benchmarks/ops.md
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_nucleus.ops import registry
+from megatron_nucleus.training.benchmark.op_cases import CASES, SHAPES, Cost, Dims, Maker, dims
+from megatron_nucleus.training.benchmark.parts import Spread, spread
+from megatron_nucleus.training.benchmark.record import check_record, provenance, record, where
+from megatron_nucleus.training.benchmark.roofline import Ceilings, measure_ceilings, timed_s
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser, coerce
-from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.devices import DTYPES
+from megatron_nucleus.utils.errors import ConfigError, nearest
 
-WIDTH, EXPERTS, HIDDEN, CAPACITY_FACTOR = 128, 8, 128, 2  # preset `demo`
-HEADS, KV_HEADS, HEAD_WIDTH, TEXT_TOKENS = 4, 2, 32, 24
+WARMUP = 2  # calls before the timed ones: caches, allocators, autotuning
 
 
-def main() -> None:
-    parser = Parser(prog="tools/bench_ops.py", description=__doc__)
-    parser.add_argument("--images", default="64", metavar="N", help="images in the batch [64]")
-    parser.add_argument("--tokens", default="64", metavar="N", help="image tokens per image [tokens, 64]")
-    parser.add_argument("--threads", default="1", metavar="N", help="CPU threads [1]")
-    parser.add_argument("--repeats", default="50", metavar="N", help="timed calls of each backend [50]")
-    parser.add_argument("--device", metavar="{cpu,cuda}", help="[default cuda if there is a GPU, else cpu]")
-    add_json_flag(parser)
-    args = parser.parse_args()
-    numbers = {name: positive(args, name) for name in ("images", "tokens", "threads", "repeats")}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: '{device}' is not allowed; one of: cpu, cuda")
-    torch.set_num_threads(numbers["threads"])
-    rows = []
-    print(f"{'operation':22}{'backend':11}{'forward':>12}{'ratio':>7}{'with backward':>15}{'ratio':>7}")
-    for op, inputs in shapes(numbers["images"], numbers["tokens"], device).items():
-        rows += measure(op, inputs, numbers["repeats"], device)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The flags, checked. images, tokens: None = the shape's own."""
+
+    shapes: tuple[str, ...]
+    ops: tuple[str, ...]
+    images: int | None
+    tokens: int | None
+    threads: int
+    repeats: int
+    device: str
+    dtype: str
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
+    settings = checked(args)
+    target = check_record(args.record) if args.record else None
+    torch.set_num_threads(settings.threads)
+    result = bench(settings)
+    if target:
+        entry = provenance(["tools/bench_ops.py", *words], settings.device) | {"result": result}
+        record(target, entry, "Operations", markdown)
+        print(f"recorded in {target} and {target.with_suffix('.json')}")
     if args.json:
-        print_json({**numbers, "device": device, "torch": torch.__version__, "rows": rows})
+        print_json(result)
 
 
-def positive(args, name: str) -> int:
+def parser() -> Parser:
+    """All flags."""
+    out = Parser(prog="tools/bench_ops.py", description=__doc__)
+    names = ", ".join(SHAPES)
+    out.add_argument("--shapes", nargs="+", default=["demo"], metavar="NAME", help=f"sizes: {names} [demo]")
+    out.add_argument("--ops", nargs="+", default=[], metavar="NAME", help="operations [all]")
+    out.add_argument("--images", metavar="N", help="images in the batch [the shape's]")
+    out.add_argument("--tokens", metavar="N", help="image tokens per image [tokens, the shape's]")
+    out.add_argument("--threads", default="1", metavar="N", help="CPU threads [1]")
+    out.add_argument("--repeats", default="50", metavar="N", help="timed calls of each backend [50]")
+    out.add_argument("--device", metavar="{cpu,cuda}", help="[default cuda if there is a GPU, else cpu]")
+    out.add_argument("--dtype", default="float32", metavar="NAME", help=f"{', '.join(DTYPES)} [float32]")
+    out.add_argument(
+        "--record", metavar="FILE.md", help="keep the result in this table and the JSON file beside it"
+    )
+    add_json_flag(out)
+    return out
+
+
+def checked(args: argparse.Namespace) -> Settings:
+    """The flags as `Settings`.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    numbers = {
+        name: None if getattr(args, name) is None else positive(args, name)
+        for name in ("images", "tokens", "threads", "repeats")
+    }
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for flag, names, allowed in (
+        ("--device", [device], ("cpu", "cuda")),
+        ("--dtype", [args.dtype], tuple(DTYPES)),
+        ("--shapes", args.shapes, tuple(SHAPES)),
+        ("--ops", args.ops, tuple(CASES)),
+    ):
+        for name in names:
+            if name not in allowed:
+                raise ConfigError(
+                    f"{flag}: '{name}' is not allowed{nearest(name, allowed)}; one of: {', '.join(allowed)}"
+                )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: torch finds no CUDA device here; use --device cpu")
+    ops = tuple(args.ops) or tuple(op for op in registry.operations() if op in CASES)
+    return Settings(tuple(args.shapes), ops, device=device, dtype=args.dtype, **numbers)
+
+
+def positive(args: argparse.Namespace, name: str) -> int:
     value = coerce(getattr(args, name), int, f"--{name}")
     if value < 1:
         raise ConfigError(f"--{name}: must be at least 1, got {value}")
     return value
 
 
-def shapes(B: int, S: int, device: str) -> dict[str, tuple]:
-    """Arguments of every operation as the demo's model calls it."""
-    D, E, F = WIDTH, EXPERTS, HIDDEN
-    C = max(1, -(-CAPACITY_FACTOR * S // E))
-    generator = torch.Generator().manual_seed(0)
-
-    def x(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
-
-    order = torch.rand(E, B, S, generator=generator).argsort(-1)[..., :C]  # C distinct tokens of every image
-    index = (order + S * torch.arange(B).view(1, B, 1)).flatten().to(device)
-    N, T, K = E * B * C, S + TEXT_TOKENS, HEAD_WIDTH
-    mask = torch.arange(T)[None] < S + torch.randint(4, TEXT_TOKENS + 1, (B, 1), generator=generator)
+def bench(settings: Settings) -> dict:
+    """Measure and print; returns the JSON object."""
+    dtype = DTYPES[settings.dtype]
+    ceilings = measure_ceilings(settings.device, dtype)
+    print(
+        f"ceilings: {ceilings.flops_per_s / 1e12:.3f} TFLOP/s ({settings.dtype} product), "
+        f"{ceilings.bytes_per_s / 1e9:.1f} GB/s (copy, read + written)"
+    )
+    print(
+        f"{'operation':22}{'backend':19}{'forward':>12}{'ratio':>7}{'of ceiling':>11}"
+        f"{'with backward':>15}{'ratio':>7}{'of ceiling':>11}"
+    )
+    rows = []
+    for name in settings.shapes:
+        sizes = dims(name, settings.images, settings.tokens)
+        print(f"{name}: {', '.join(f'{k} {v}' for k, v in sizes._asdict().items())}")
+        for op in settings.ops:
+            rows += measure(op, name, sizes, settings, ceilings)
     return {
-        "moe_gather": (x(B * S, D), index),
-        "moe_combine": (x(B * S, D), x(N, D), x(N), index),
-        "modulated_layer_norm": (x(B, S, D), x(B, D), 1e-6, True),
-        "rms_norm": (x(B, S, HEADS, K), x(K), 1e-6),
-        "swiglu": (x(E, B * C, 2 * F),),
-        "attention": (x(B, S, HEADS, K), x(B, T, KV_HEADS, K), x(B, T, KV_HEADS, K), mask.to(device)),
-        "expert_choice": (x(B, S, E), C, False, 2.5),
-        "expert_ffn": (x(E, B * C, D), x(E, D, 2 * F), x(E, F, D)),
+        **dataclasses.asdict(settings),
+        "torch": str(torch.__version__),
+        "ceilings": ceilings._asdict(),
+        "rows": rows,
     }
 
 
-def measure(op: str, args: tuple, repeats: int, device: str) -> list[dict]:
-    """Time all usable backends of ``op`` in turns, so that a busy moment hits each alike; print and return rows."""
+def measure(op: str, shape: str, sizes: Dims, settings: Settings, ceilings: Ceilings) -> list[dict]:
+    """Time all usable backends of ``op`` in turns, so that a busy moment hits each alike; print and return rows.
+
+    The row of a backend that raises an error has ``failed``, what it says, and no times.
+    """
+    device, dtype = settings.device, DTYPES[settings.dtype]
+    asked = {"device_type": device, "dtype": dtype, "sizes": model_sizes(sizes)}
     usable = [
-        r for r in registry.backends(op) if not registry.why_unavailable(op, r.backend, device_type=device)
+        r.backend for r in registry.backends(op) if not registry.why_unavailable(op, r.backend, **asked)
     ]
-    functions = [registry.resolve(op, r.backend, device_type=device) for r in usable]
-    grads = [torch.randn_like(o) for o in smooth(functions[0](*args))]
+    args = CASES[op].arguments(sizes, Maker(device, dtype))
+    cost = CASES[op].cost(sizes, dtype.itemsize)
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    functions, grads, rows = {}, [], []
+    for backend in usable:  # torch is the first
+        function = registry.resolve(op, backend, **asked)
+        try:
+            outputs = smooth(function(*args))
+        except Exception as error:  # a library's own refusal; the others are timed all the same
+            rows.append(
+                {"shape": shape, "op": op, "backend": backend, "failed": " ".join(str(error).split())}
+            )
+            print(line(rows[-1]), flush=True)
+            continue
+        functions[backend] = function
+        grads = grads or [torch.randn_like(o) for o in outputs]
 
     def forward(function: Callable) -> None:
         with torch.no_grad():
@@ -87,36 +175,109 @@ def measure(op: str, args: tuple, repeats: int, device: str) -> list[dict]:
     def both(function: Callable) -> None:
         torch.autograd.grad(smooth(function(*args)), wanted, grads)
 
-    forward_s, both_s = (best_of(call, functions, repeats, device) for call in (forward, both))
-    rows = []
-    for row, f, b in zip(usable, forward_s, both_s, strict=True):
-        rows.append({"op": op, "backend": row.backend, "forward_s": f, "forward_ratio": forward_s[0] / f,
-                     "step_s": b, "step_ratio": both_s[0] / b})  # fmt: skip
-        print(
-            f"{op:22}{row.backend:11}{f * 1e3:9.3f} ms{forward_s[0] / f:7.2f}"
-            f"{b * 1e3:12.3f} ms{both_s[0] / b:7.2f}",
-            flush=True,
-        )
+    near = ceilings.near(cost.forward_bytes, device)
+    forward_s = take_turns(forward, functions, settings)
+    both_s = take_turns(both, functions, settings) if wanted else None
+    for backend in functions:
+        row = {"shape": shape, "op": op, "backend": backend, "bytes_per_s": near.bytes_per_s}
+        row |= {"flops": cost.forward_flops, "bytes": cost.forward_bytes}
+        row |= timings("forward", forward_s, backend, near.floor_s(cost.forward_flops, cost.forward_bytes))
+        if both_s is not None:
+            row |= timings("step", both_s, backend, step_floor_s(cost, near))
+        rows.append(row)
+        print(line(row), flush=True)
     return rows
 
 
-def smooth(result) -> list[Tensor]:
+def model_sizes(d: Dims) -> registry.Sizes:
+    """What of the sizes a backend may refuse."""
+    return registry.Sizes(
+        width=d.D, query_heads=d.H, kv_heads=d.G, head_width=d.K, experts=d.E, expert_width=d.F
+    )
+
+
+def step_floor_s(cost: Cost, ceilings: Ceilings) -> float:
+    """Least seconds of forward and backward: one after the other, each at its own bound."""
+    return ceilings.floor_s(cost.forward_flops, cost.forward_bytes) + ceilings.floor_s(
+        cost.backward_flops, cost.backward_bytes
+    )
+
+
+def timings(part: str, times: dict[str, Spread], backend: str, floor_s: float) -> dict:
+    """Figures of one part of a row: median, spread, ratio to plain torch and share of the ceiling."""
+    mine = times[backend]
+    return {
+        f"{part}_s": mine.median_s,
+        f"{part}_p25_s": mine.p25_s,
+        f"{part}_p75_s": mine.p75_s,
+        f"{part}_min_s": mine.min_s,
+        f"{part}_ratio": times["torch"].median_s / mine.median_s,
+        f"{part}_of_ceiling_frac": floor_s / mine.median_s,
+    }
+
+
+def line(row: dict) -> str:
+    """A row for a person."""
+    text = f"{row['op']:22}{row['backend']:19}"
+    if "failed" in row:
+        return f"{text}failed: {row['failed']}"
+    for part, width in (("forward", 9), ("step", 12)):
+        if f"{part}_s" in row:
+            text += f"{row[f'{part}_s'] * 1e3:{width}.3f} ms{row[f'{part}_ratio']:7.2f}"
+            text += f"{row[f'{part}_of_ceiling_frac']:11.0%}"
+    return text
+
+
+def smooth(result: object) -> list[Tensor]:
     """The outputs that carry a gradient."""
     outputs = result if isinstance(result, tuple) else (result,)
     return [o for o in outputs if o is not None and o.requires_grad]
 
 
-def best_of(call: Callable, functions: list[Callable], repeats: int, device: str) -> list[float]:
-    """Shortest of ``repeats`` times per function: what the machine can do when nothing else runs."""
-    best = [float("inf")] * len(functions)
-    for _ in range(repeats + 2):  # the first two warm caches and allocators up and are rarely the shortest
-        for i, function in enumerate(functions):
-            start = time.perf_counter()
-            call(function)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+def take_turns(call: Callable, functions: dict[str, Callable], settings: Settings) -> dict[str, Spread]:
+    """Times of every function, `WARMUP` rounds aside."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(WARMUP + settings.repeats):
+        for name, function in functions.items():
+            elapsed_s = timed_s(lambda function=function: call(function), settings.device)
+            if number >= WARMUP:
+                seconds[name].append(elapsed_s)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def markdown(entries: list[dict]) -> str:
+    """The recorded table: one row per operation, backend and shape."""
+    lines = [
+        "Medians; ratio = plain torch's time divided by the backend's; of ceiling = least time at the measured rates "
+        "divided by the backend's.",
+        "",
+        "| # | shape | operation | backend | forward | ratio | of ceiling | forward + backward | ratio | of ceiling "
+        "| dtype | threads | hardware | torch | commit |",
+        "|" + "---|" * 15,
+    ]
+    for number, entry in enumerate(entries, 1):
+        result = entry["result"]
+        for row in result["rows"]:
+            cells = [
+                number,
+                row["shape"],
+                f"`{row['op']}`",
+                row["backend"] + (" (failed)" if "failed" in row else ""),
+            ]
+            for part in ("forward", "step"):
+                there = f"{part}_s" in row
+                cells.append(f"{row[f'{part}_s'] * 1e3:.3f} ms" if there else "-")
+                cells.append(f"{row[f'{part}_ratio']:.2f}" if there else "-")
+                cells.append(f"{row[f'{part}_of_ceiling_frac']:.0%}" if there else "-")
+            cells += [result["dtype"], result["threads"], where(entry)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for number, entry in enumerate(entries, 1):
+        c = entry["result"]["ceilings"]
+        lines += [
+            "",
+            f"Ceilings of {number}: {c['flops_per_s'] / 1e12:.3f} TFLOP/s, {c['bytes_per_s'] / 1e9:.1f} GB/s.",
+        ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

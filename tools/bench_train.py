@@ -12,30 +12,26 @@ images/s those of all ranks together, TFLOP/s and MFU those of one device. Examp
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 
-import torch
-
 from megatron_nucleus.core.kernels import KernelConfig
-from megatron_nucleus.core.models.presets import ModelConfig, ModelShape, resolve_shape
+from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
 from megatron_nucleus.core.parallel_state import ParallelConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
-from megatron_nucleus.training import arguments, flops
-from megatron_nucleus.training.benchmark.benchmark import BenchConfig, make_workload, run_benchmark
-from megatron_nucleus.training.initialize import (
-    Encoders,
-    build_model,
-    end_rank,
-    environment_number,
-    initialize,
-)
+from megatron_nucleus.training import arguments
+from megatron_nucleus.training.benchmark.benchmark import BenchConfig, run_benchmark
+from megatron_nucleus.training.benchmark.record import check_record, provenance, record, where
+from megatron_nucleus.training.benchmark.setup import load_run, peak_flops_of, prepare, reading_data
+from megatron_nucleus.training.initialize import end_rank, environment_number
+from megatron_nucleus.training.profiling.regions import STEP_PARTS
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils import config as cfg
-from megatron_nucleus.utils.config_files import Origins, read_yaml
+from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -60,35 +56,28 @@ class BenchOnly:
     bench: BenchConfig
 
 
-# Without a configuration file: the embedded task's size, which takes seconds on a CPU.
-DEFAULTS = {"data": {"resolution_px": 32}}
-VAE_STRIDE_PX = 8  # of the Qwen-Image VAE, whose spec does not say it
-
-
 def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = cfg.Parser(prog="tools/bench_train.py", description=__doc__)
     cli.add_json_flag(parser)
     parser.add_argument("--config", metavar="FILE", help="YAML file of a training run; flags override it")
+    parser.add_argument(
+        "--record", metavar="FILE.md", help="keep the result in this table and in the JSON file beside it"
+    )
     cfg.add_arguments(parser, Flags)
-    args = parser.parse_args(argv)
-    result = time_run(*load_run(args))
+    args = parser.parse_args(words)
+    target = check_record(args.record) if args.record else None
+    run, only = load_run(args, BenchOnly)
+    result = time_run(run, only.bench)
     if environment_number("RANK", 0) != 0:
         return
     print(table(result))
+    if target:
+        entry = provenance(["tools/bench_train.py", *words], pick_device(run.training.device))
+        record(target, entry | {"result": result}, "Training steps", markdown)
+        print(f"recorded in {target} and {target.with_suffix('.json')}")
     if args.json:
         cli.print_json(result)
-
-
-def load_run(args: argparse.Namespace) -> tuple[arguments.RunConfig, BenchConfig]:
-    """Merge file and flags; ``data.data_path`` is not needed here."""
-    values, origins = read_yaml(args.config) if args.config else (DEFAULTS, Origins())
-    values = values | {"data": {"data_path": "none"} | values.get("data", {})}
-    where = str(args.config or "defaults")
-    only = {k: v for k, v in values.items() if k == "bench"}
-    rest = {k: v for k, v in values.items() if k != "bench"}
-    run = cfg.from_dict(arguments.RunConfig, rest, flags=vars(args), where=where, origins=origins)
-    arguments.check(run)
-    return run, cfg.from_dict(BenchOnly, only, flags=vars(args), where=where).bench
 
 
 def time_run(run: arguments.RunConfig, bench: BenchConfig) -> dict:
@@ -98,38 +87,18 @@ def time_run(run: arguments.RunConfig, bench: BenchConfig) -> dict:
         raise ConfigError(
             f"--compare {bench.compare}: works in one process, not on {ranks} ranks; start it without torchrun"
         )
-    parallel = initialize(run)
-    shape = resolve_shape(run.model)
-    micro_batch_size, accumulation = arguments.batch_split(run, parallel.world)
-    work = make_workload(
-        shape,
-        bench,
-        grid_of(run, bench, shape),
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        bf16=run.training.bf16,
-        device=parallel.device,
-    )
-    # Random inputs need no encoders, only the widths that encoders would give.
-    encoders = Encoders(None, None, {}, {}, shape.latent_channels, shape.text_dim, None)
-    model = build_model(run, parallel, encoders)
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
-    given = run.training.peak_tflops
-    peak = given * 1e12 if given else flops.device_peak_flops(parallel.device, dtype)
-    return run_benchmark(model, bench, run.optimizer, work, peak, parallel)
-
-
-def grid_of(run: arguments.RunConfig, bench: BenchConfig, shape: ModelShape) -> tuple[int, int]:
-    """Image tokens: ``--grid``, or the square of ``--resolution-px`` through codec and patch."""
-    if bench.grid is not None:
-        return (bench.grid[0], bench.grid[1])
-    stride_px = run.encoders.codec_spec().get("stride_px", VAE_STRIDE_PX) * shape.patch_size
-    if run.data.resolution_px % stride_px:
-        raise ConfigError(
-            f"--resolution-px {run.data.resolution_px}: must be a multiple of {stride_px} (codec stride x patch size)"
+    model, work, parallel = prepare(run, bench)
+    with reading_data(run, parallel) if bench.read_data else contextlib.nullcontext() as data:
+        return run_benchmark(
+            model,
+            bench,
+            run.optimizer,
+            work,
+            peak_flops_of(run, parallel),
+            parallel,
+            data=data,
+            compiled=run.parallel.compile_blocks,
         )
-    side = run.data.resolution_px // stride_px
-    return (side, side)
 
 
 def table(result: dict) -> str:
@@ -146,6 +115,8 @@ def table(result: dict) -> str:
         f"{result['model_tflops']:.3f} model TFLOP/s{' per device' if many else ''}{mfu}; {result['dtype']}, "
         f"{result['device']}, {result['threads']} threads, {result['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
+    if "breakdown" in result:
+        lines += _breakdown(result["breakdown"])
     if many:
         lines += _communication(result)
     for part in ("forward", "forward_backward"):
@@ -154,6 +125,55 @@ def table(result: dict) -> str:
             lines.append(
                 f"{part}: diffusers takes {other['ratio']:.2f} times as long ({other['expert_path']})"
             )
+    for variant, reason in result.get("compare", {}).get("refused", {}).items():
+        lines.append(f"diffusers, {variant}: not timed, {reason}")
+    return "\n".join(lines)
+
+
+def _breakdown(times: dict[str, dict]) -> list[str]:
+    """Where a step's time goes: its parts, then what is inside of them."""
+    whole_s = times["step"]["median_s"]
+
+    def shown(names: Sequence[str]) -> str:
+        medians_s = {name: times[name]["median_s"] for name in names}
+        return ", ".join(f"{name} {t * 1e3:.1f} ms ({t / whole_s:.0%})" for name, t in medians_s.items())
+
+    inside = [name for name in times if name not in ("step", *STEP_PARTS)]
+    return [
+        f"whole step with data {whole_s * 1e3:.1f} ms: {shown(STEP_PARTS)}",
+        f"inside, forward and backward: {shown([n for n in inside if times[n]['median_s']])}",
+    ]
+
+
+def markdown(entries: list[dict]) -> str:
+    """The recorded table: one row an entry, medians."""
+    parts = ("data", "forward", "backward", "dispatch_combine", "optimizer")
+    lines = [
+        "Medians. Images/s, TFLOP/s and MFU are of the step, which has no data in it; the next five columns are of the "
+        "whole step from within: dispatch/combine is part of forward and backward. Last: how many times as long "
+        "diffusers' module takes.",
+        "",
+        "| # | step | images/s | model TFLOP/s | MFU | data | forward | backward | dispatch/combine | optimizer "
+        "| spread (25-75 %) | diffusers / ours | peak memory | hardware | torch | commit |",
+        "|" + "---|" * 16,
+    ]
+    for number, entry in enumerate(entries, 1):
+        r = entry["result"]
+        main = r[r["step"].removesuffix("+optimizer")]
+        inside = [f"{r['breakdown'][p]['median_s'] * 1e3:.2f} ms" if "breakdown" in r else "-" for p in parts]
+        cells = [
+            number,
+            f"{r['step_s'] * 1e3:.2f} ms",
+            f"{r['samples_per_s']:.1f}",
+            f"{r['model_tflops']:.3f}",
+            f"{r['mfu']:.1%}" if r["mfu"] is not None else "-",
+            *inside,
+            f"{(main['p75_s'] - main['p25_s']) / main['median_s']:.1%}",
+            f"{r['compare']['ratio']:.2f}" if "compare" in r else "-",
+            f"{r['peak_memory_bytes'] / 2**30:.2f} GiB",
+            where(entry),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

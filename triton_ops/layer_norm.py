@@ -86,14 +86,14 @@ def backward_kernel(
     tl.store(partial + (image * tl.num_programs(0) + chunk) * D + d, total, mask=d < D)
 
 
-def tile(width: int) -> tuple[int, int]:
-    """Rows and padded width of a tile for rows of ``width`` values.
+def tile(width: int, op: str = "modulated_layer_norm", most: int = MAX_WIDTH) -> tuple[int, int]:
+    """Rows and padded width of a tile for rows of ``width`` values. op: who asks, for the message.
 
     Raises:
-        ValueError: a row is wider than `MAX_WIDTH`.
+        ValueError: a row is wider than ``most``.
     """
-    if width > MAX_WIDTH:
-        raise ValueError(f"modulated_layer_norm takes rows of at most {MAX_WIDTH} values, got {width}")
+    if width > most:
+        raise ValueError(f"{op} takes rows of at most {most} values, got {width}")
     padded = power_of_two(width)
     return max(1, min(MAX_ROWS, TILE // padded)), padded
 

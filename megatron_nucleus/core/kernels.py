@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
+
+from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.ops import registry
 from megatron_nucleus.utils.config import knob
 
@@ -41,18 +44,44 @@ class Kernels:
     expert_ffn: Callable
 
 
-def resolve_kernels(config: KernelConfig | None = None, device_type: str = "cpu") -> Kernels:
+def resolve_kernels(
+    config: KernelConfig | None = None,
+    device_type: str = "cpu",
+    shape: ModelShape | None = None,
+    dtype: torch.dtype | None = None,
+) -> Kernels:
     """Resolve every operation for one device type.
+
+    Args:
+        shape: the model that the operations will serve; None = do not check whether a backend takes its sizes.
+        dtype: what it computes in (bfloat16 under autocast); None = do not check.
 
     Raises:
         ConfigError: a named backend cannot be used here; the message says why and what can.
     """
     config = config or KernelConfig()
+    sizes = None if shape is None else sizes_of(shape)
     return Kernels(
         **{
             field.name: registry.resolve(
-                field.name, getattr(config, f"{field.name}_backend"), device_type=device_type
+                field.name,
+                getattr(config, f"{field.name}_backend"),
+                device_type=device_type,
+                dtype=dtype,
+                sizes=sizes,
             )
             for field in dataclasses.fields(Kernels)
         }
+    )
+
+
+def sizes_of(shape: ModelShape) -> registry.Sizes:
+    """What of an architecture a backend may refuse."""
+    return registry.Sizes(
+        width=shape.width,
+        query_heads=shape.num_attention_heads,
+        kv_heads=shape.num_key_value_heads,
+        head_width=shape.attention_head_dim,
+        experts=shape.num_experts,
+        expert_width=shape.moe_intermediate_dim,
     )

@@ -53,6 +53,12 @@ class ParallelConfig:
         choices=("none", "selective", "full"),
     )
     compile_blocks: bool = knob(False, "torch.compile every transformer block")
+    moe_token_dispatcher_type: str = knob(
+        "alltoall",
+        "what carries tokens to their experts: alltoall = equal splits over NCCL or gloo; deepep and hybridep = "
+        "DeepEP's ElasticBuffer or Buffer, and its HybridEPBuffer (bf16 on SM90 or newer; never run by this project)",
+        choices=("alltoall", "deepep", "hybridep"),
+    )
     moe_overlap_chunks: int = knob(
         1,
         "parts of a micro-batch whose all-to-all overlaps with the experts' work; 1 = no overlap",
@@ -67,6 +73,11 @@ class ParallelConfig:
         for name in ("expert_model_parallel_size", "data_parallel_replicate_size", "moe_overlap_chunks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.moe_token_dispatcher_type != "alltoall" and self.expert_model_parallel_size == 1:
+            raise ConfigError(
+                f"--moe-token-dispatcher-type {self.moe_token_dispatcher_type}: no token leaves its rank with "
+                "--expert-model-parallel-size 1; use alltoall, or more ranks"
+            )
         if not self.distributed_timeout_minutes > 0:
             raise ConfigError(
                 f"--distributed-timeout-minutes {self.distributed_timeout_minutes}: must be above 0"

@@ -18,6 +18,8 @@ from megatron_nucleus.core.collectives import ShapeAgreement
 from megatron_nucleus.core.models.init import init_rows
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.moe.dispatcher import AllToAllDispatcher
+from megatron_nucleus.core.moe.exchange import open_exchange
+from megatron_nucleus.core.moe.exchange_dispatcher import ExchangeDispatcher
 from megatron_nucleus.core.parallel_state import ParallelConfig, ParallelState
 from megatron_nucleus.core.recompute import recomputing
 from megatron_nucleus.core.transformer.block import TransformerBlock
@@ -34,7 +36,7 @@ def parallelize(
         bf16: gather weights in bfloat16; the stored ones, gradients and their reduction stay fp32.
     """
     if parallel.world > 1:
-        _share_experts(model, config, parallel)
+        _share_experts(model, config, parallel, bf16)
     for block in model.blocks:
         if config.compile_blocks:
             _compile(block)
@@ -67,7 +69,7 @@ def held_rows(parameter: nn.Parameter) -> tuple[int, int]:
 def expert_bytes_exchanged(model: NucleusTransformer) -> int:
     """Bytes that this rank handed to all-to-alls since the last call (`collectives.Traffic`)."""
     dispatchers = (block.moe.dispatcher for block in model.blocks if block.is_moe)
-    return sum(d.traffic.take() for d in dispatchers if isinstance(d, AllToAllDispatcher))
+    return sum(d.traffic.take() for d in dispatchers if isinstance(d, (AllToAllDispatcher, ExchangeDispatcher)))
 
 
 def _compile(block: TransformerBlock) -> None:
@@ -78,22 +80,33 @@ def _compile(block: TransformerBlock) -> None:
     block.forward = torch.compile(block.forward)
 
 
-def _share_experts(model: NucleusTransformer, config: ParallelConfig, parallel: ParallelState) -> None:
+def _share_experts(
+    model: NucleusTransformer, config: ParallelConfig, parallel: ParallelState, bf16: bool
+) -> None:
     """Experts become DTensors of their global shape, cut over ``ep``; tokens travel to them."""
     mesh = parallel.expert_mesh["ep"]
+    exchange, dtype = None, torch.bfloat16 if bf16 else torch.float32
+    if config.moe_token_dispatcher_type != "alltoall":
+        exchange = open_exchange(
+            config.moe_token_dispatcher_type,
+            parallel.ep_group,
+            parallel.control,
+            experts=model.shape.num_experts,
+            width=model.shape.width,
+            device=parallel.device,
+            dtype=dtype,
+        )
     for block in model.blocks:
         if not block.is_moe:
             continue
         experts = block.moe.experts
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
-        if parallel.ep_group is not None:
-            block.moe.dispatcher = AllToAllDispatcher(
-                block.kernels,
-                parallel.ep_group,
-                chunks=config.moe_overlap_chunks,
-                overlap=config.moe_shared_expert_overlap,
-            )
+        pace = {"chunks": config.moe_overlap_chunks, "overlap": config.moe_shared_expert_overlap}
+        if exchange is not None:
+            block.moe.dispatcher = ExchangeDispatcher(exchange, parallel.layout.ep, dtype=dtype, **pace)
+        elif parallel.ep_group is not None:
+            block.moe.dispatcher = AllToAllDispatcher(block.kernels, parallel.ep_group, **pace)
     if parallel.ep_group is not None:
         agreement = ShapeAgreement(parallel.control)
         model.register_forward_pre_hook(functools.partial(_check_shapes, agreement), with_kwargs=True)

@@ -30,6 +30,16 @@ COSTLY = {
 }
 
 
+# The same of optional libraries, whose operations exist only once they are loaded: by name.
+COSTLY_NAMES = {
+    "triton_ops::expert_gate_up",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+}
+
+
 class _Record(TorchDispatchMode):
     """Forward: remember the results of the kept operations, in order."""
 
@@ -37,13 +47,17 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self.kept, self.results = kept, results
 
+    def keeps(self, op: Any) -> bool:
+        """Whether the results of ``op`` are kept: an operation of `kept`, or one whose name is in it."""
+        return op in self.kept or op._schema.name in self.kept
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = op(*args, **(kwargs or {}))
-        if op in self.kept:
+        if self.keeps(op):
             self.results.append((op, tree_map_only(torch.Tensor, torch.Tensor.detach, out)))
         return out
 
@@ -52,7 +66,7 @@ class _Replay(_Record):
     """Recomputation: the kept operations give what they gave before."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if op not in self.kept:
+        if not self.keeps(op):
             return op(*args, **(kwargs or {}))
         recorded, out = self.results.popleft()
         if recorded is not op:
@@ -71,7 +85,7 @@ def recomputing(forward: Callable, granularity: str) -> Callable:
     Args:
         granularity: ``full`` keeps `KEPT`, ``selective`` also `COSTLY`.
     """
-    kept = KEPT | COSTLY if granularity == "selective" else KEPT
+    kept = KEPT | COSTLY | COSTLY_NAMES if granularity == "selective" else KEPT
 
     def contexts() -> tuple[_Record, _Replay]:
         results: deque = deque()

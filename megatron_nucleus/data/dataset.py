@@ -30,6 +30,7 @@ class StoredSample(NamedTuple):
     """A sample as it lies in its shard.
 
     payload: original image bytes, or the safetensors of an encoded data set. info: the parsed ``<id>.json``.
+    pixels: uint8 RGB [height, width, 3] of an image that was decoded together with others (`data/decoders.py`).
     """
 
     id: str
@@ -37,6 +38,7 @@ class StoredSample(NamedTuple):
     payload: bytes
     info: dict
     captions: tuple[Caption, ...]
+    pixels: np.ndarray | None = None
 
 
 class Corpus:

@@ -114,6 +114,14 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
+class JpegHeader(NamedTuple):
+    """Size of a JPEG as it is stored, and its EXIF orientation (1-8)."""
+
+    width_px: int
+    height_px: int
+    orientation: int
+
+
 def sniff(head: bytes) -> str | None:
     """Format by magic bytes (the first 32 suffice), ``HEIF`` for the one we know and cannot read, or None."""
     for magic, name in _MAGIC:
@@ -226,6 +234,23 @@ def _grey_notes(image: Image.Image) -> tuple[str, ...] | None:
     profile = image.info.get("icc_profile")
     transform = _icc_transform(bytes(profile), image.mode) if profile else None
     return () if transform is None else ("icc_ignored",) if transform == "ignore" else None
+
+
+def plain_jpeg(payload: bytes) -> JpegHeader | None:
+    """Header of a JPEG that any decoder turns into the same colours: one RGB or grey picture, no profile but sRGB.
+
+    None for every other file, damaged ones included: `decode` says what is wrong with those.
+    """
+    try:
+        image = open_image(payload, PILLOW_MAX_PIXELS)
+        if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+            return None
+        profile = image.info.get("icc_profile")
+        if profile and _icc_transform(bytes(profile), image.mode) not in (None, "ignore"):
+            return None
+        return JpegHeader(image.width, image.height, _orientation(image))
+    except Exception:  # decoders raise nearly any type on damaged input
+        return None
 
 
 def load_pixels(payload: bytes, width: int, height: int) -> np.ndarray:

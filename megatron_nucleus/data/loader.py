@@ -18,12 +18,15 @@ import math
 import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from megatron_nucleus.data import decoders
+from megatron_nucleus.data.ahead import Ahead
 from megatron_nucleus.data.batching import batch_samples, bucket_sizes
 from megatron_nucleus.data.curriculum import CAPTION_CLASSES, CurriculumConfig
 from megatron_nucleus.data.dataset import Cell, Corpus
@@ -61,6 +64,12 @@ class DataConfig:
     )
     num_workers: int = knob(2, "processes that read and decode; 0: in the training process", unit="processes")
     prefetch_batches: int = knob(4, "micro-batches each worker prepares ahead", unit="micro-batches")
+    image_decoder: str = knob(
+        decoders.PILLOW,
+        "what decodes training images; dali: NVIDIA DALI in every worker; dali_mixed: DALI with this rank's GPU, in a "
+        "thread of the training process. Held-out images go through pillow",
+        choices=decoders.DECODERS,
+    )
 
     def __post_init__(self) -> None:
         weights = self.caption_weights()
@@ -78,6 +87,11 @@ class DataConfig:
             raise ConfigError(f"prefetch_batches {self.prefetch_batches}: 1 or more")
         if self.resolution_px < 1:
             raise ConfigError(f"resolution_px {self.resolution_px}: at least 1")
+        if self.image_decoder == decoders.DALI_MIXED and self.num_workers:
+            raise ConfigError(
+                f"image_decoder {self.image_decoder}: decodes in the training process, which has the GPU, not in "
+                f"{self.num_workers} workers; use --num-workers 0"
+            )
 
     def caption_weights(self) -> dict[str, float]:
         """Length class -> weight, not normalised."""
@@ -113,19 +127,25 @@ class Loader:
             collate_fn=_identity,
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
+        self._waited_s = 0.0
         with _stop_signals_held():
-            self._batches = _Batches(iter(loader))  # starts the workers
+            batches = iter(loader)  # starts the workers
+            if maker.decoder is not None and maker.decoder.own_thread:
+                batches = Ahead(batches, config.prefetch_batches)
+            self._batches = _Batches(batches)
         weakref.finalize(self, self._batches.stop).atexit = False  # the order at exit matters: see _Batches
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> RawBatch:
+        started = time.perf_counter()
         try:
             made = next(self._batches.iterator)
         except KeyboardInterrupt:
             self.close()  # a batch may have been lost on the way: going on would wait for it
             raise
+        self._waited_s += time.perf_counter() - started
         if isinstance(made, DataError):
             raise made
         for problem in made.problems:
@@ -145,6 +165,11 @@ class Loader:
         """
         taken, self._mixture = self._mixture, _empty_mixture()
         return {name: dict(sorted(v.items())) if name == "cells" else v for name, v in taken.items()}
+
+    def take_waited_s(self) -> float:
+        """Seconds since the last call that ``next`` took to hand out micro-batches."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         """Stop the workers. Also happens when the loader is dropped and at exit."""
@@ -229,8 +254,10 @@ def build_loader(
         CaptionMix(**config.caption_weights(), drop_frac=config.caption_drop_frac), phases
     )
     first_step = planner.step_at(start_samples)
+    decoder = decoders.open_decoder(config.image_decoder, corpus)
     jobs = _jobs(planner, captions, corpus.start, (rank, world, accumulation), first_step, start_samples)
-    return Loader(jobs, SampleMaker(corpus, seed, sizes), config, planner)
+    maker = SampleMaker(corpus, seed, sizes, decoder)
+    return Loader(jobs, maker, config, planner)
 
 
 def _check_divides(config: DataConfig, global_batch_size: int, accumulation: int, world: int) -> None:
@@ -340,7 +367,8 @@ class _Batches:
     def stop(self) -> None:
         iterator, self.iterator = self.iterator, iter(())
         atexit.unregister(self.stop)
-        shutdown = getattr(iterator, "_shutdown_workers", None)  # absent when there are no workers
+        # absent when there are neither workers nor a thread
+        shutdown = getattr(iterator, "_shutdown_workers", getattr(iterator, "close", None))
         if shutdown is not None:
             shutdown()
 

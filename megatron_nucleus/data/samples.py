@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from megatron_nucleus.data import buckets, images
 from megatron_nucleus.data.curriculum import CAPTION_CLASSES
 from megatron_nucleus.data.dataset import Corpus, StoredSample, unpack_features
+from megatron_nucleus.data.decoders import BatchDecoder, reader
 from megatron_nucleus.data.mixture import CaptionMix
 from megatron_nucleus.data.permutation import permute
 from megatron_nucleus.types import Caption, RawBatch, TextFeatures
@@ -57,9 +58,15 @@ class SampleMaker(Dataset):
     A DataError is returned, not raised: DataLoader would wrap it in a worker's traceback.
     """
 
-    def __init__(self, corpus: Corpus, seed: int, sizes: dict[str, tuple[int, int]]):
-        """sizes: bucket -> (width, height) in px; empty for encoded data."""
-        self.corpus, self.seed, self.sizes = corpus, seed, sizes
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        sizes: dict[str, tuple[int, int]],
+        decoder: BatchDecoder | None = None,
+    ):
+        """sizes: bucket -> (width, height) in px; empty for encoded data. decoder: None: Pillow, image by image."""
+        self.corpus, self.seed, self.sizes, self.decoder = corpus, seed, sizes, decoder
         self.empty_text = corpus.empty_text() if corpus.encoded is not None else None
 
     def __getitem__(self, job: Job) -> Made | DataError:
@@ -69,17 +76,28 @@ class SampleMaker(Dataset):
         marks = caption_marks(self.seed, job.step, slots, job.step_samples).tolist()
         try:
             with images.quiet_decoding():
-                items = [self._sample(job, i, marks[i], problems, captions) for i in range(len(job.rows))]
+                read = reader(self.corpus, self.decoder, job.rows, self.sizes.get(job.bucket))
+                items = [
+                    self._sample(job, i, marks[i], read, problems, captions) for i in range(len(job.rows))
+                ]
         except DataError as error:
             return error
         return Made(_collate(job.bucket, job.draws, job.step_samples, items), problems, dict(captions))
 
-    def _sample(self, job: Job, i: int, mark: float, problems: list[str], captions: Counter[str]) -> tuple:
+    def _sample(
+        self,
+        job: Job,
+        i: int,
+        mark: float,
+        read: Callable[[int], StoredSample],
+        problems: list[str],
+        captions: Counter[str],
+    ) -> tuple:
         """(id, caption, pixels or latents [C, H, W], text features [L, U] or None)."""
         row, draw = job.rows[i], job.draws[i]
         for attempt in range(1, _SUBSTITUTE_ATTEMPTS + 1):
             try:
-                sample = self.corpus.read(row)
+                sample = read(row)
                 pick = rng.key64(self.seed, draw, "caption")
                 choice = choose_caption(sample.captions, job.captions, mark, pick)
                 loaded = load_sample(sample, choice, self.sizes.get(job.bucket), self.empty_text)
@@ -149,7 +167,7 @@ def load_sample(
     """
     text = "" if caption is None else sample.captions[caption].text
     if size is not None:
-        pixels = images.load_pixels(sample.payload, *size)
+        pixels = images.load_pixels(sample.payload, *size) if sample.pixels is None else sample.pixels
         return sample.id, text, torch.from_numpy(pixels.transpose(2, 0, 1).copy()), None
     latents, features = unpack_features(sample.payload, caption)
     return sample.id, text, latents, empty_text if features is None else features

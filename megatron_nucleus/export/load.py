@@ -50,7 +50,9 @@ def load_model(
             f"dtype {dtype}: weights need a floating type such as torch.float32 or torch.bfloat16"
         )
     description, weights = open_checkpoint(path, checksums)
-    kernels = kernels or resolve_kernels(device_type=torch.device(device).type)
+    kernels = kernels or resolve_kernels(
+        device_type=torch.device(device).type, shape=description.shape, dtype=dtype
+    )
     with torch.device("meta"):
         model = NucleusTransformer(description.shape, kernels=kernels)
     _check_names(model, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_nucleus.core.precision.expert_weights import CHOICES
 from megatron_nucleus.inference.pipeline import Pipeline, load_pipeline
 from megatron_nucleus.inference.sampler import SamplerConfig
 from megatron_nucleus.utils.devices import DTYPES
@@ -30,8 +31,15 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N [auto]")
     group.add_argument("--dtype", choices=tuple(DTYPES), help="precision of the model [as stored]")
+    group.add_argument(
+        "--expert-weights", choices=CHOICES, default="stored",
+        help="fp8 = round the routed experts to 8 bits when they are loaded [stored]",
+    )  # fmt: skip
     group.add_argument("--codec-path", metavar="PATH", help="folder or hub id of the Qwen-Image VAE")
     group.add_argument("--text-encoder-path", metavar="PATH", help="folder or hub id of Qwen3-VL")
+    group.add_argument(
+        "--text-encoder-device", metavar="NAME", help="where the text encoder runs [with the model]"
+    )
     return group
 
 
@@ -43,6 +51,8 @@ def pipeline_of(args: argparse.Namespace) -> Pipeline:
         dtype=DTYPES[args.dtype] if args.dtype else None,
         codec_path=args.codec_path,
         text_encoder_path=args.text_encoder_path,
+        expert_weights=args.expert_weights,
+        text_encoder_device=args.text_encoder_device,
     )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_nucleus.core.kernels import resolve_kernels
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.patches import pack, unpack
+from megatron_nucleus.core.precision.expert_weights import CHOICES, quantise_experts
 from megatron_nucleus.data.encoders import LatentCodec, TextEncoder, build_codec, build_text_encoder
 from megatron_nucleus.export.load import CheckpointDescription, load_model, read_description
 from megatron_nucleus.inference.sampler import (
@@ -256,6 +257,8 @@ def load_pipeline(
     codec_path: str | None = None,
     text_encoder_path: str | None = None,
     untrained: bool = False,
+    expert_weights: str = "stored",
+    text_encoder_device: str | None = None,
 ) -> Pipeline:
     """A pipeline from any checkpoint (run, step, merged, diffusers or pipeline folder).
 
@@ -265,28 +268,38 @@ def load_pipeline(
         codec_path, text_encoder_path: folder or hub id of the Qwen-Image VAE and of Qwen3-VL; replace the
             checkpoint's own path, and are needed where it names no encoder.
         untrained: same architecture and encoders, weights freshly initialised with seed 0: a baseline.
+        expert_weights: ``stored``, or ``fp8``: the routed experts rounded to 8 bits (`core/precision/expert_weights`).
+            The model is then loaded in host memory and goes to the device layer by layer.
+        text_encoder_device: where the text encoder runs; None = with the model. Each prompt passes it once.
 
     Raises:
         ConfigError: no checkpoint there, a device that is not there, or encoders that are not known.
         DataError: a damaged checkpoint or encoder folder.
     """
+    if expert_weights not in CHOICES:
+        raise ConfigError(f"--expert-weights {expert_weights}: one of {', '.join(CHOICES)}")
     where = pick_device(device)
+    text_where = where if text_encoder_device is None else pick_device(text_encoder_device)
     description = read_description(path)
     specs = [
         _encoder_spec(description.codec, "codec", "qwen_image_vae", codec_path, path),
         _encoder_spec(description.text_encoder, "text_encoder", "qwen3_vl", text_encoder_path, path),
     ]
     sampling = sampling_defaults(description)
+    low = expert_weights == "fp8"
+    first = torch.device("cpu") if low else where
+    kernels = resolve_kernels(device_type=where.type) if low or untrained else None
     if untrained:
-        kernels = resolve_kernels(device_type=where.type)
-        model = NucleusTransformer(description.shape, kernels, seed=0).to(where, dtype).eval()
+        model = NucleusTransformer(description.shape, kernels, seed=0).to(first, dtype).eval()
     else:
-        model = load_model(path, device=where, dtype=dtype)
+        model = load_model(path, device=first, dtype=dtype, kernels=kernels)
+    if low:
+        model = quantise_experts(model, where).to(where)
     name = str(next(model.parameters()).dtype).removeprefix("torch.")
     for spec in specs:
         if "path" in spec:
             spec.setdefault("dtype", name)
-    return Pipeline(model, build_codec(specs[0], where), build_text_encoder(specs[1], where), sampling)
+    return Pipeline(model, build_codec(specs[0], where), build_text_encoder(specs[1], text_where), sampling)
 
 
 def sampling_defaults(description: CheckpointDescription) -> SamplerConfig:

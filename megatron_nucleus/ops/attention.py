@@ -20,7 +20,9 @@ def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BT: Tensor | 
 
     Args:
         q_BSHK: queries. k_BTGK, v_BTGK: keys and values, T = image tokens + text tokens; G divides H.
-        mask_BT: bool, True where a key may be attended to; None = every key. No row may be all False.
+        mask_BT: bool, True where a key may be attended to; None = every key. No row may be all False. The keys
+            that count stand first in every row, as in [image ; text ; padding]: backends without masks turn that
+            into lengths, and refuse another order. This one takes any order.
 
     Returns:
         [B, S, H*K] in the dtype of ``q_BSHK``.

@@ -6,11 +6,38 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from megatron_nucleus.ops.table import AUTO_ORDER, ROWS, Row
 from megatron_nucleus.utils.errors import ConfigError, nearest
+
+
+class Sizes(NamedTuple):
+    """Widths of a model that a backend may refuse: D, H, G, K, E and F of the legend in types.py."""
+
+    width: int
+    query_heads: int
+    kv_heads: int
+    head_width: int
+    experts: int
+    expert_width: int
+
+
+class Request(NamedTuple):
+    """What `resolve` is asked for. dtype: of the activations; None, like sizes=None = do not check it.
+
+    A backend's module may define ``why_unfit(request) -> str | None``: why it cannot serve this model on this GPU
+    although its library is there. It is asked after ``why_unavailable(device_type)``, once, when the model is built.
+    """
+
+    op: str
+    backend: str
+    device_type: str
+    dtype: torch.dtype | None
+    sizes: Sizes | None
+
 
 _log = logging.getLogger(__name__)
 _rows: dict[str, dict[str, Row]] = {}
@@ -45,13 +72,19 @@ def backends(op: str) -> tuple[Row, ...]:
 
 
 def why_unavailable(
-    op: str, backend: str, *, device_type: str, dtype: torch.dtype | None = None
+    op: str,
+    backend: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
 ) -> str | None:
     """Why ``backend`` cannot serve ``op`` here, in one line; None when it can.
 
     Args:
         device_type: ``cpu`` or ``cuda``, where the tensors will live.
         dtype: dtype of the activations; None = do not check.
+        sizes: of the model; None = do not check.
 
     Raises:
         ConfigError: unknown operation or a backend it does not have.
@@ -64,51 +97,66 @@ def why_unavailable(
     try:
         module = importlib.import_module(row.target.split(":")[0])
     except Exception as error:  # optional libraries raise RuntimeError and AssertionError at import, too
-        return f"needs {_missing(error)}"
+        return missing(error)
     probe = getattr(module, "why_unavailable", None)
-    return probe(device_type) if probe is not None else None
+    reason = probe(device_type) if probe is not None else None
+    if reason is None and hasattr(module, "why_unfit"):
+        reason = module.why_unfit(Request(op, backend, device_type, dtype, sizes))
+    return reason
 
 
-def choose(op: str, choice: str, *, device_type: str, dtype: torch.dtype | None = None) -> Row:
+def choose(
+    op: str,
+    choice: str,
+    *,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
+) -> Row:
     """The row that `resolve` loads; same arguments and errors."""
+    asked = {"device_type": device_type, "dtype": dtype, "sizes": sizes}
     if choice != "auto":
-        reason = why_unavailable(op, choice, device_type=device_type, dtype=dtype)
+        reason = why_unavailable(op, choice, **asked)
         if reason is not None:
-            usable = _usable(op, device_type, dtype)
+            usable = [
+                row.backend for row in backends(op) if why_unavailable(op, row.backend, **asked) is None
+            ]
             raise ConfigError(
                 f"{op} backend '{choice}' {reason}. Usable here: {', '.join(usable) or 'none'}."
             )
         return _row(op, choice)
     rows = {row.backend: row for row in backends(op)}
     for backend in AUTO_ORDER.get(device_type, ("torch",)):
-        if backend in rows and why_unavailable(op, backend, device_type=device_type, dtype=dtype) is None:
+        if backend in rows and why_unavailable(op, backend, **asked) is None:
             return rows[backend]
     raise ConfigError(
         f"{op}: no backend of {', '.join(rows)} serves device '{device_type}' and dtype {dtype}"
     )
 
 
-def resolve(op: str, choice: str = "auto", *, device_type: str, dtype: torch.dtype | None = None) -> Callable:
+def resolve(
+    op: str,
+    choice: str = "auto",
+    *,
+    device_type: str,
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
+) -> Callable:
     """Return the implementation of ``op`` to keep and call.
 
     Args:
         op: operation name (`operations`).
         choice: a backend name, or ``auto``: the first usable one of ``AUTO_ORDER[device_type]``, logged once.
-        device_type, dtype: as in `why_unavailable`. A device without a written order uses ``torch``.
+        device_type, dtype, sizes: as in `why_unavailable`. A device without a written order uses ``torch``.
 
     Raises:
         ConfigError: unknown operation or backend, or a named backend that cannot be honoured; the message
             gives the reason and the usable alternatives.
     """
-    row = choose(op, choice, device_type=device_type, dtype=dtype)
+    row = choose(op, choice, device_type=device_type, dtype=dtype, sizes=sizes)
     if choice == "auto":
         _announce(f"{op} on {device_type}: {row.backend} ({row.note})")
     return _load(row)
-
-
-def _usable(op: str, device_type: str, dtype: torch.dtype | None) -> list[str]:
-    names = [row.backend for row in backends(op)]
-    return [n for n in names if why_unavailable(op, n, device_type=device_type, dtype=dtype) is None]
 
 
 def _row(op: str, backend: str) -> Row:
@@ -130,12 +178,14 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _missing(error: Exception) -> str:
+def missing(error: Exception) -> str:
+    """Why a backend's module could not be imported, as a reason: ``needs X, not installed``."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         if error.name == "megatron_nucleus._C":
-            return "the C++ extension, not built (make build)"
-        return f"{error.name}, not installed"
-    return f"a library that fails to import ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            return "needs the C++ extension, not built (make build)"
+        return f"needs {error.name}, not installed"
+    text = " ".join(str(error).split())[:200]
+    return f"needs a library that fails to import ({type(error).__name__}: {text})"
 
 
 @functools.cache

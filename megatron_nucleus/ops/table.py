@@ -29,11 +29,16 @@ class Row(NamedTuple):
 _OPS = "megatron_nucleus.ops."
 _TRITON = "megatron_nucleus.backends.triton:"
 _CPP = "megatron_nucleus.backends.extension:"
+_SDPA = "megatron_nucleus.backends.sdpa:"
+_FLASH = "megatron_nucleus.backends.flash_attn:"
+_TE = "megatron_nucleus.backends.transformer_engine:"
 _ALL = "cpu cuda meta"
 _CPU = "cpu meta"
 _GPU = "cuda cpu"  # on a CPU only under triton's interpreter
 _FLOATS = "float64 float32 bfloat16 float16"
 _SHORT = "float32 bfloat16 float16"
+_HALF = "bfloat16 float16"
+_UNRUN = "never run by this project"
 
 # fmt: off
 ROWS = (
@@ -46,17 +51,32 @@ ROWS = (
     Row("modulated_layer_norm", "triton",    _TRITON + "modulated_layer_norm",   _GPU, _SHORT,  "one pass"),
     Row("modulated_layer_norm", "extension", _CPP + "modulated_layer_norm",      _CPU, _FLOATS, "C++, one pass"),
     Row("gated_residual_norm",  "torch",     _OPS + "norm:gated_residual_norm",  _ALL, _FLOATS, "addcmul, layer_norm"),
+    Row("gated_residual_norm",  "triton",    _TRITON + "gated_residual_norm",    _GPU, _SHORT,  "one pass"),
     Row("gated_residual_norm",  "extension", _CPP + "gated_residual_norm",       _CPU, _FLOATS, "C++, one pass"),
     Row("rms_norm",             "torch",     _OPS + "norm:rms_norm",             _ALL, _FLOATS, "elementwise"),
     Row("rms_norm",             "extension", _CPP + "rms_norm",                  _CPU, _FLOATS, "C++, one pass"),
     Row("norm_rope",            "torch",     _OPS + "norm_rope:norm_rope",       _ALL, _FLOATS, "complex product"),
+    Row("norm_rope",            "triton",    _TRITON + "norm_rope",              _GPU, _SHORT,  "one pass"),
     Row("norm_rope",            "extension", _CPP + "norm_rope",                 _CPU, _FLOATS, "C++, one pass"),
     Row("swiglu",               "torch",     _OPS + "swiglu:swiglu",             _ALL, _FLOATS, "elementwise"),
+    Row("swiglu",               "triton",    _TRITON + "swiglu",                 _GPU, _SHORT,  "one pass"),
     Row("swiglu",               "extension", _CPP + "swiglu",                    _CPU, _FLOATS, "C++, one pass"),
     Row("attention",            "torch",     _OPS + "attention:attention",       _ALL, _FLOATS, "SDPA, grouped heads"),
+    Row("attention",            "sdpa_flash",     _SDPA + "flash",       "cuda", _HALF,  "torch's FlashAttention"),
+    Row("attention",            "sdpa_cudnn",     _SDPA + "cudnn",       "cuda", _HALF,  "torch's cuDNN kernel"),
+    Row("attention",            "sdpa_efficient", _SDPA + "efficient",   "cuda", _SHORT, "torch's efficient kernel"),
+    Row("attention",            "flash_attn",     _FLASH + "attention",   "cuda", _HALF, _UNRUN),
+    Row("attention",            "flash_attn_2",   _FLASH + "attention_2", "cuda", _HALF, _UNRUN),
+    Row("attention",            "flash_attn_3",   _FLASH + "attention_3", "cuda", _HALF, _UNRUN),
+    Row("attention",            "flash_attn_4",   _FLASH + "attention_4", "cuda", _HALF, _UNRUN),
+    Row("attention",            "transformer_engine", _TE + "attention",  "cuda", _HALF, _UNRUN),
     Row("expert_choice",        "torch",     _OPS + "expert_choice:select",      _ALL, _FLOATS, "softmax and topk"),
     Row("expert_ffn",           "torch",     _OPS + "experts:expert_ffn",        _ALL, _FLOATS, "bmm"),
+    Row("expert_ffn",           "triton",    _TRITON + "expert_ffn",             _GPU, _SHORT,  "bmm, one-pass swiglu"),
+    Row("expert_ffn",           "triton_fused", _TRITON + "expert_ffn_fused",    _GPU, _SHORT,  "fused, not timed"),
     Row("expert_ffn",           "extension", _CPP + "expert_ffn",                _CPU, _FLOATS, "bmm, C++ swiglu"),
+    Row("orthogonalize",        "torch",     _OPS + "orthogonalize:orthogonalize", _ALL, _FLOATS, "bmm"),
+    Row("orthogonalize",        "triton",    _TRITON + "orthogonalize",          _GPU, _SHORT,  "half of each Gram"),
 )
 # fmt: on
 

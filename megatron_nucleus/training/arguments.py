@@ -13,6 +13,7 @@ from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
 from megatron_nucleus.core.optimizer.schedule import ScheduleConfig
 from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.core.precision.precision import PrecisionConfig
 from megatron_nucleus.data.curriculum import CurriculumConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
@@ -88,6 +89,7 @@ class RunConfig:
     sampling: SamplerConfig
     parallel: ParallelConfig
     kernels: KernelConfig
+    precision: PrecisionConfig
 
 
 def batch_split(run: RunConfig, world: int) -> tuple[int, int]:

@@ -2,16 +2,26 @@
 
 Model FLOPs count matrix products (a multiply-add is two) and nothing else: no elementwise work, no
 recomputation of activations, no optimizer. They follow from the architecture alone and do not change when
-a kernel gets faster. They agree with `torch.utils.flop_counter` on our module and on diffusers' (tests).
+a kernel gets faster. They agree with `torch.utils.flop_counter` on diffusers' module (tests).
+
+Hardware FLOPs are the products that this code really forms: fewer than the model's where it saves some (the router's
+half for the time embedding once per image, text matrices multiplied first where that is less, inputs without
+gradients), more where activations are recomputed and for the optimizer. They agree with the counter on our module.
+MFU is always of model FLOPs.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.moe.router import capacity
 from megatron_nucleus.export.hf_keys import count_parameters
+
+if TYPE_CHECKING:
+    from megatron_nucleus.training.planning.memory import Work
 
 # Dense matmul peaks in TFLOP/s by a part of torch.cuda.get_device_name(): (name, bf16, fp32). The first row
 # whose name occurs wins. fp32 is the CUDA-core rate, torch's default (TF32 off). Source: NVIDIA data sheets.
@@ -74,6 +84,22 @@ def training_flops_per_image(shape: ModelShape, tokens: int, text_tokens: int) -
     The true figure is slightly lower, because inputs (latents, text features, noise level) need no gradient.
     """
     return 3 * sum(forward_flops_per_image(shape, tokens, text_tokens).values())
+
+
+def hardware_flops(work: Work) -> dict[str, int]:
+    """Products that a rank forms in a training step: ``forward``, ``backward``, ``recompute`` and ``optimizer``.
+
+    Selective recomputation repeats no product; full recomputation repeats those of every block.
+    """
+    parts = [work.stem(), *work.blocks(), work.head()]
+    repeated = work.blocks() if work.recompute == "full" else []
+    n = work.accumulation
+    return {
+        "forward": n * sum(part.flops for part in parts),
+        "backward": n * sum(part.grad_flops for part in parts),
+        "recompute": n * sum(part.flops for part in repeated),
+        "optimizer": work.muon().flops,
+    }
 
 
 def expert_parameter_count(shape: ModelShape) -> int:

@@ -16,6 +16,7 @@ from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape, resolve_shape
 from megatron_nucleus.core.parallel_state import ParallelState, create_groups, make_layout, single_process
 from megatron_nucleus.core.parallelize import materialise, parallelize
+from megatron_nucleus.core.precision.precision import apply_precision
 from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.data.encoders import (
     LatentCodec,
@@ -130,9 +131,18 @@ def build_model(run: RunConfig, parallel: ParallelState, encoders: Encoders) -> 
             f"--latent-channels {shape.latent_channels}: the codec '{encoders.codec_spec['name']}' gives "
             f"{encoders.latent_channels}"
         )
-    kernels = resolve_kernels(run.kernels, parallel.device.type)
+    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+    kernels = resolve_kernels(run.kernels, parallel.device.type, shape, dtype)
     with torch.device("meta"):
         model = NucleusTransformer(shape, kernels)
+    apply_precision(
+        model,
+        run.precision,
+        device_type=parallel.device.type,
+        bf16=run.training.bf16,
+        recomputes=run.parallel.recompute_granularity != "none",
+        compiles=run.parallel.compile_blocks,
+    )
     parallelize(model, run.parallel, parallel, bf16=run.training.bf16)
     materialise(model, parallel.device, run.training.seed)
     return model.train()

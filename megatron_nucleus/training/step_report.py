@@ -55,7 +55,7 @@ def share_step(
     """
     device = square_sum.device
     values = [x.to(device=device, dtype=torch.float64) for x in (square_sum, *losses)]
-    row = torch.stack([*values, torch.tensor(float(stop), dtype=torch.float64, device=device)])
+    row = torch.stack([*values, torch.full((), float(stop), dtype=torch.float64, device=device)])
     columns = list(zip(*gather_rows(row, group).tolist(), strict=True))
     square_sums, *parts, stops = columns
     means = [sum(column) / len(column) for column in parts]

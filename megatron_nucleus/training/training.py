@@ -293,7 +293,7 @@ class Loop:
         if applies:
             self.watch.at(state.step + 1, "optimizer")
             with self.optimizer_timer.measure():
-                norm = torch.tensor(report.grad_norm, device=self.parallel.device)
+                norm = torch.full((), report.grad_norm, device=self.parallel.device)
                 scale_gradients(params, norm, run.optimizer.clip_grad)
                 state.optimizer.step(lr)
         state.step += 1
@@ -345,6 +345,7 @@ class Loop:
             "muon_bytes": sum(self.state.optimizer.muon.traffic().values()),
             "router_bytes": orthogonality.traffic() if orthogonality else 0,
             "all_to_all_bytes": expert_bytes_exchanged(self.state.model) // pace.steps,
+            "data_s": loader.take_waited_s() / pace.steps,
             **self.diagnostics.row(),
             **validation,
         }

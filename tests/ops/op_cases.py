@@ -30,6 +30,23 @@ class Inputs:
         angle = torch.rand(*shape, generator=self.generator, dtype=torch.float32) * 6.28
         return torch.polar(torch.ones_like(angle), angle).to(self.device)
 
+    def flat(self, *shape: int) -> Tensor:
+        """Matrices whose singular values lie within a factor of two; without a gradient.
+
+        The first Newton-Schulz steps multiply the rounding errors of small singular values by hundreds.
+        """
+        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        u, s, vt = torch.linalg.svd(values, full_matrices=False)
+        return (u * s.clamp(min=0.5 * s.amax(-1, keepdim=True)).unsqueeze(-2) @ vt).to(
+            self.device, self.dtype
+        )
+
+    def first(self, *shape: int) -> Tensor:
+        """A mask of the keys that stand first: at least one; in the first row all of them."""
+        counts = torch.randint(1, shape[-1] + 1, shape[:-1], generator=self.generator)
+        counts[0] = shape[-1]
+        return (torch.arange(shape[-1]) < counts.unsqueeze(-1)).to(self.device)
+
     def mask(self, *shape: int) -> Tensor:
         """True where a key counts; the first key always does."""
         mask = torch.rand(*shape, generator=self.generator) < 0.6
@@ -105,11 +122,12 @@ CASES = {
         "spread": lambda x: (x.spread(3, 4, 6),),
     },
     "attention": {
-        "grouped": lambda x: (x(2, 9, 4, 8), x(2, 14, 2, 8), x(2, 14, 2, 8), x.mask(2, 14)),
+        "grouped": lambda x: (x(2, 9, 4, 8), x(2, 14, 2, 8), x(2, 14, 2, 8), x.first(2, 14)),
+        "heads of 16": lambda x: (x(3, 17, 4, 16), x(3, 21, 2, 16), x(3, 21, 2, 16), x.first(3, 21)),
         "no mask": lambda x: (x(2, 9, 4, 8), x(2, 14, 2, 8), x(2, 14, 2, 8), None),
-        "not grouped": lambda x: (x(2, 3, 3, 5), x(2, 7, 3, 5), x(2, 7, 3, 5), x.mask(2, 7)),
-        "one kv head": lambda x: (x(1, 5, 4, 8), x(1, 6, 1, 8), x(1, 6, 1, 8), x.mask(1, 6)),
-        "spread": lambda x: (x.spread(2, 3, 4, 8), x.spread(2, 5, 2, 8), x.spread(2, 5, 2, 8), x.mask(2, 5)),
+        "not grouped": lambda x: (x(2, 3, 3, 5), x(2, 7, 3, 5), x(2, 7, 3, 5), x.first(2, 7)),
+        "one kv head": lambda x: (x(1, 5, 4, 8), x(1, 6, 1, 8), x(1, 6, 1, 8), x.first(3, 6)[1:2]),
+        "spread": lambda x: (x.spread(2, 3, 4, 8), x.spread(2, 5, 2, 8), x.spread(2, 5, 2, 8), x.first(2, 5)),
     },
     "expert_choice": {
         "softmax": lambda x: (x(3, 16, 4), 8, False, 2.5),
@@ -120,9 +138,19 @@ CASES = {
         "no images": lambda x: (x(0, 5, 3), 2, False, 2.5),
         "spread": lambda x: (x.spread(2, 6, 4), 3, False, 2.5),
     },
+    "orthogonalize": {
+        "wide": lambda x: (x.flat(3, 8, 24), 5),
+        "square": lambda x: (x.flat(2, 16, 16), 5),
+        "odd": lambda x: (x.flat(2, 19, 33), 3),
+        "one": lambda x: (x.flat(1, 1, 1), 4),
+        "zeros": lambda x: (0 * x.flat(2, 4, 8), 5),
+        "no matrices": lambda x: (x.flat(0, 4, 8), 5),
+        "spread": lambda x: (x.flat(2, 8, 12).mT.contiguous().mT, 5),
+    },
     "expert_ffn": {
         "even": lambda x: (x(3, 8, 16), x(3, 16, 24), x(3, 12, 16)),
         "odd": lambda x: (x(2, 5, 7), x(2, 7, 6), x(2, 3, 7)),
+        "several tiles": lambda x: (x(1, 130, 70), x(1, 70, 2 * 150), x(1, 150, 5)),
         "no rows": lambda x: (x(2, 0, 8), x(2, 8, 8), x(2, 4, 8)),
         "spread": lambda x: (x.spread(2, 3, 8), x.spread(2, 8, 8), x.spread(2, 4, 8)),
     },
@@ -141,6 +169,8 @@ def outputs_and_gradients(function, args: tuple, grads: list[Tensor] | None = No
     if grads is None:
         grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in smooth]
     wanted = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    if not wanted:
+        return outputs, []
     return outputs, list(
         torch.autograd.grad(smooth, wanted, [g.to(t) for g, t in zip(grads, smooth, strict=True)])
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
+import textwrap
 
 import pytest
 import torch
 
+from megatron_nucleus.core.kernels import KernelConfig, Kernels, resolve_kernels
+from megatron_nucleus.core.models.presets import PRESETS
 from megatron_nucleus.ops import moe_rows, registry
 from megatron_nucleus.ops.table import AUTO_ORDER, ROWS, Row
 from megatron_nucleus.utils.errors import ConfigError
@@ -95,6 +99,46 @@ def test_a_probe_of_the_backend_has_the_last_word(rows, module):
     rows.register(Row("combine", "picky", f"{name}:f", "cpu", "float32", ""))
     with pytest.raises(ConfigError, match="combine backend 'picky' dislikes cpu"):
         rows.resolve("combine", "picky", device_type="cpu")
+
+
+SIZES = registry.Sizes(width=64, query_heads=4, kv_heads=2, head_width=16, experts=4, expert_width=32)
+
+
+def test_a_backend_may_refuse_the_models_sizes_and_is_told_what_is_asked(rows, module):
+    text = """
+        asked = []
+        def why_unavailable(device): return None
+        def why_unfit(request):
+            asked.append(request)
+            wide = request.sizes is not None and request.sizes.head_width > 8
+            return f"takes heads of up to 8 channels, the model's have {request.sizes.head_width}" if wide else None
+        def f(): return "fast"
+    """
+    name = module("narrow", textwrap.dedent(text))
+    rows.register(Row("combine", "extension", f"{name}:f", "cpu", "float32", ""))
+    asked = {"device_type": "cpu", "dtype": torch.float32}
+    with pytest.raises(ConfigError) as error:
+        rows.resolve("combine", "extension", **asked, sizes=SIZES)
+    assert str(error.value) == (
+        "combine backend 'extension' takes heads of up to 8 channels, the model's have 16. Usable here: torch."
+    )
+    assert rows.resolve("combine", "auto", **asked, sizes=SIZES) is moe_rows.combine_rows
+    assert rows.resolve("combine", "auto", **asked, sizes=SIZES._replace(head_width=8))() == "fast"
+    assert rows.resolve("combine", "extension", **asked)() == "fast"  # without sizes nothing is refused
+    first = sys.modules[name].asked[0]
+    assert first == registry.Request("combine", "extension", "cpu", torch.float32, SIZES)
+
+
+def test_a_models_sizes_and_dtype_reach_every_backend(monkeypatch):
+    asked = []
+    monkeypatch.setattr(registry, "resolve", lambda op, choice, **kw: asked.append((op, choice, kw)))
+    resolve_kernels(
+        KernelConfig(attention_backend="torch"), "cpu", PRESETS["nucleus_image_17b"], torch.bfloat16
+    )
+    sizes = registry.Sizes(2048, 16, 4, 128, 64, 1344)  # FACTS of the released model
+    assert {op for op, _, _ in asked} == {field.name for field in dataclasses.fields(Kernels)}
+    assert {op: choice for op, choice, _ in asked}["attention"] == "torch"
+    assert all(kw == {"device_type": "cpu", "dtype": torch.bfloat16, "sizes": sizes} for _, _, kw in asked)
 
 
 def test_auto_walks_the_written_order_and_logs_one_line(rows, module, caplog):

@@ -9,8 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_nucleus.ops import registry
+from megatron_nucleus.training.benchmark.op_cases import CASES, dims
+from megatron_nucleus.training.benchmark.roofline import Ceilings
+from megatron_nucleus.utils.errors import ConfigError
+from tools import bench_ops
+from tools.bench_ops import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +29,11 @@ def bench(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
-def test_every_usable_backend_is_timed():
-    done = bench("--images", "2", "--tokens", "4", "--repeats", "1", "--device", "cpu", "--json")
+def test_every_usable_backend_is_timed(tmp_path):
+    table = tmp_path / "ops.md"
+    done = bench(
+        "--images", "2", "--tokens", "4", "--repeats", "2", "--device", "cpu", "--json", "--record", str(table)
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["images"], report["tokens"], report["threads"], report["device"]) == (2, 4, 1, "cpu")
@@ -32,25 +41,72 @@ def test_every_usable_backend_is_timed():
         (op, row.backend)
         for op in registry.operations()
         for row in registry.backends(op)
-        if row.backend != "triton" and registry.why_unavailable(op, row.backend, device_type="cpu") is None
+        if not row.backend.startswith("triton")
+        and registry.why_unavailable(op, row.backend, device_type="cpu", dtype=torch.float32) is None
     ]
-    assert sorted((r["op"], r["backend"]) for r in report["rows"] if r["backend"] != "triton") == sorted(
-        usable
-    )
+    assert sorted((r["op"], r["backend"]) for r in report["rows"]) == sorted(usable)
+    assert {"gated_residual_norm", "norm_rope"} <= {r["op"] for r in report["rows"]}
     torch_s = {r["op"]: r for r in report["rows"] if r["backend"] == "torch"}
+    ceilings = Ceilings(**report["ceilings"])
+    sizes = dims("demo", images=2, tokens=4)
     for row in report["rows"]:
-        assert row["forward_ratio"] == torch_s[row["op"]]["forward_s"] / row["forward_s"]
-        assert row["step_ratio"] == torch_s[row["op"]]["step_s"] / row["step_s"]
+        cost = CASES[row["op"]].cost(sizes, 4)
+        assert (row["flops"], row["bytes"]) == (cost.forward_flops, cost.forward_bytes)
+        for part in ("forward", "step") if cost.backward_flops is not None else ("forward",):
+            assert row[f"{part}_ratio"] == torch_s[row["op"]][f"{part}_s"] / row[f"{part}_s"]
+            assert row[f"{part}_min_s"] <= row[f"{part}_p25_s"] <= row[f"{part}_s"] <= row[f"{part}_p75_s"]
+        assert row["bytes_per_s"] >= ceilings.bytes_per_s
+        near = ceilings._replace(bytes_per_s=row["bytes_per_s"])
+        least_s = max(cost.forward_flops / near.flops_per_s, cost.forward_bytes / near.bytes_per_s)
+        assert row["forward_of_ceiling_frac"] == pytest.approx(least_s / row["forward_s"])
+        if "step_s" in row:
+            both_s = least_s + near.floor_s(cost.backward_flops, cost.backward_bytes)
+            assert row["step_of_ceiling_frac"] == pytest.approx(both_s / row["step_s"])
+    written = table.read_text()
+    assert written.count("| demo |") == len(report["rows"])
+    assert "1. `tools/bench_ops.py --images 2 --tokens 4 --repeats 2 --device cpu`" in written
+    (stored,) = json.loads(table.with_suffix(".json").read_text())
+    assert stored["result"] == report
+
+
+def test_a_backend_that_fails_is_said_and_the_others_are_timed(monkeypatch, capsys):
+    def refuse(x):
+        raise RuntimeError("no such\n  tile")
+
+    rows = (registry.backends("swiglu")[0], registry.backends("swiglu")[0]._replace(backend="broken"))
+    monkeypatch.setattr(registry, "backends", lambda op: rows)
+    monkeypatch.setattr(registry, "why_unavailable", lambda *args, **kwargs: None)
+    real = registry.resolve
+    monkeypatch.setattr(
+        registry, "resolve", lambda op, name, **asked: refuse if name == "broken" else real(op, name, **asked)
+    )
+    monkeypatch.setattr(bench_ops, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e10))
+    main(["--ops", "swiglu", "--images", "1", "--tokens", "8", "--repeats", "1", "--device", "cpu", "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    broken, working = json.loads(lines[-1])["rows"]
+    assert broken == {"shape": "demo", "op": "swiglu", "backend": "broken", "failed": "no such tile"}
+    assert working["backend"] == "torch"
+    assert working["bytes"] == 8 * 3 * 128 * 4  # [8, 256] in, [8, 128] out
+    assert any(line.split() == ["swiglu", "broken", "failed:", "no", "such", "tile"] for line in lines)
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--tokens", "0"), "error: --tokens: must be at least 1, got 0"),
-        (("--repeats", "many"), "error: --repeats: expected a whole number, got 'many'"),
-        (("--device", "npu"), "error: --device: 'npu' is not allowed; one of: cpu, cuda"),
+        (("--tokens", "0"), "--tokens: must be at least 1, got 0"),
+        (("--repeats", "many"), "--repeats: expected a whole number, got 'many'"),
+        (("--device", "npu"), "--device: 'npu' is not allowed.*one of: cpu, cuda"),
+        (("--shapes", "dmeo"), "--shapes: 'dmeo' is not allowed .did you mean demo"),
+        (("--ops", "swigul"), "--ops: 'swigul'.*did you mean swiglu"),
+        (("--dtype", "float64"), "--dtype: 'float64' is not allowed"),
+        (("--record", "t.txt"), "--record t.txt"),
     ],
 )
-def test_bad_arguments_are_one_line_and_exit_code_2(args, message):
-    done = bench(*args)
-    assert (done.returncode, done.stderr.strip()) == (2, message)
+def test_bad_arguments_are_named(args, message):
+    with pytest.raises(ConfigError, match=message):
+        main(list(args))
+
+
+def test_an_error_is_one_line_and_exit_code_2():
+    done = bench("--tokens", "0")
+    assert (done.returncode, done.stderr.strip()) == (2, "error: --tokens: must be at least 1, got 0")

@@ -1,9 +1,11 @@
 """tools/bench_train.py: the keys, the arithmetic between them, the comparison, and bad arguments."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,11 @@ from megatron_nucleus.training.benchmark.benchmark import (
     BenchConfig,
     flops,
     make_workload,
+    randomise_zeros,
     run_benchmark,
 )
 from megatron_nucleus.training.benchmark.parts import interleave, spread
+from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
 from megatron_nucleus.utils.errors import ConfigError
 
 PROGRAM = Path(__file__).parents[2] / "tools" / "bench_train.py"
@@ -70,6 +74,46 @@ def test_step_has_all_parts_and_consistent_figures(tool, capsys):
     assert result["muon_bytes_per_rank_per_step"] == {"gather": 0, "return": 0, "replicate": 0}
 
 
+def test_breakdown_is_of_the_whole_step(tool, capsys):
+    result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--steps", "1")
+    times = {name: t["median_s"] for name, t in result["breakdown"].items()}
+    assert set(times) == {"step", *STEP_PARTS, *REGIONS, "dispatch_combine"}
+    assert sum(times[part] for part in STEP_PARTS) == pytest.approx(times["step"])
+    assert min(times.values()) > 0
+    assert "breakdown" not in run(tool, capsys, *FAST, "--no-breakdown")
+
+
+def test_recorded_rows(tool, capsys, tmp_path):
+    path = tmp_path / "train.md"
+    for _ in range(2):  # the second takes the place of the first
+        result = run(tool, capsys, *FAST, "--record", str(path))
+    (entry,) = json.loads(path.with_suffix(".json").read_text())
+    assert entry["result"] == result
+    assert entry["command"] == "tools/bench_train.py " + " ".join(FAST)
+    (row,) = [line for line in path.read_text().splitlines() if line.startswith("| 1 |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == f"{result['step_s'] * 1e3:.2f} ms"
+    assert cells[8] == f"{result['breakdown']['dispatch_combine']['median_s'] * 1e3:.2f} ms"
+    assert len(cells) == 16
+
+
+def test_data_of_the_breakdown_can_be_read(tool, capsys, monkeypatch):
+    """Loader and encoders stand in the data part; what they cost is shown there and nowhere else."""
+    calls = []
+
+    @contextlib.contextmanager
+    def reading(run, parallel):
+        calls.append(str(run.data.data_path))
+        yield lambda: time.sleep(0.05)
+
+    monkeypatch.setattr(tool, "reading_data", reading)
+    result = run(
+        tool, capsys, *FAST, "--read-data", "--data-path", "somewhere", "--steps", "1", "--warmup", "0"
+    )
+    assert calls == ["somewhere"]
+    assert 0.05 <= result["breakdown"]["data"]["median_s"] < result["breakdown"]["step"]["median_s"]
+
+
 def test_unknown_peak_means_no_mfu(tool, capsys):
     result = run(tool, capsys, *FAST, "--forward-only")
     assert result["mfu"] is None
@@ -90,6 +134,60 @@ def test_comparison_is_with_the_faster_of_their_paths(tool, capsys):
         assert set(compare[part]["all_paths_s"]) == {"loop", "grouped_mm"}
         assert compare[part]["median_s"] == min(compare[part]["all_paths_s"].values())
         assert compare[part]["ratio"] == pytest.approx(compare[part]["median_s"] / result[part]["median_s"])
+
+
+def test_their_best_settings_are_timed_too(tool, capsys, monkeypatch):
+    """Compiled and with checkpointing; a path that torch cannot compile is said and left out, not the comparison."""
+    pytest.importorskip("diffusers")
+    graphs = []
+
+    def backend(graph, inputs):
+        if any("grouped_mm" in str(node.target) for node in graph.graph.nodes):
+            raise RuntimeError("no\n grouped_mm")
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(benchmark_compare, "COMPILE_BACKEND", backend)
+    flags = ("--compare", "diffusers", "--compare-compile", "--compare-checkpointing", "--steps", "1")
+    compare = run(tool, capsys, *FAST, *flags)["compare"]
+    variants = {"loop+checkpointing", "grouped_mm+checkpointing", "loop+compiled+checkpointing"}
+    for part in ("forward", "forward_backward"):
+        assert set(compare[part]["all_paths_s"]) == variants
+        assert compare[part]["expert_path"] in variants
+    assert graphs
+    (refused,) = compare["refused"]
+    assert refused == "grouped_mm+compiled+checkpointing"
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(benchmark_compare, "COMPILE_BACKEND", broken)
+    with pytest.raises(ConfigError, match="--compare-compile: torch cannot compile"):
+        tool.main([*FAST, *flags])
+
+
+def test_their_checkpointing_keeps_their_function(monkeypatch):
+    """Gradients with it are those without it, and it runs the blocks again."""
+    pytest.importorskip("diffusers")
+    bench, shape = BenchConfig(compare="diffusers", text_tokens=4), small_shape()
+    work = make_workload(
+        shape, bench, (2, 3), micro_batch_size=2, accumulation=1, bf16=False, device=torch.device("cpu")
+    )
+    model = NucleusTransformer(shape)
+    randomise_zeros(model)
+    gradients, runs = [], []
+    for checkpointing, variant in ((False, "loop"), (True, "loop+checkpointing")):
+        parts, _ = benchmark_compare.diffusers_parts(model, work, False, checkpointing=checkpointing)
+        name = f"theirs/{variant}/forward_backward"
+        timed = parts[name].__self__
+        begun: list[int] = []
+        timed.module.transformer_blocks[0].register_forward_pre_hook(lambda *_, begun=begun: begun.append(1))
+        parts[name]()
+        runs.append(len(begun))
+        gradients.append([p.grad.clone() for p in timed.module.parameters() if p.grad is not None])
+    assert runs == [1, 2]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -144,6 +242,11 @@ def test_configuration_file_of_a_training_run(tool, capsys, tmp_path):
         (["--text-tokens", "0"], "--text-tokens 0"),
         (["--compare", "megatron"], "diffusers"),
         (["--compare", "diffusers", "--time-optimizer"], "--time-optimizer"),
+        (["--compare-compile"], "--compare-compile: needs --compare diffusers"),
+        (["--compare-checkpointing"], "--compare-checkpointing: needs --compare diffusers"),
+        (["--breakdown", "--forward-only"], "--breakdown does not go with --forward-only"),
+        (["--read-data", "--no-breakdown"], "--read-data"),
+        (["--record", "nowhere/t.md"], "--record nowhere/t.md"),
         (["--resolution-px", "60"], "multiple of 8"),
         (["--preset", "dmeo"], "did you mean demo"),
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "does not divide"),

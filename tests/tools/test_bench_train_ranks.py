@@ -25,9 +25,11 @@ from megatron_nucleus.training.benchmark.benchmark import (
     run_benchmark,
 )
 from megatron_nucleus.training.benchmark.parts import Spread, Timed, Workload, call_ours, interleave
+from megatron_nucleus.training.profiling.regions import named_regions
 from tests.core.parallel_cases import SHAPE, build, join, whole
 from tests.ranks import run_ranks
 from tests.tools.test_bench_train import FAST, small_shape
+from tests.training.test_regions import Listing
 
 pytestmark = pytest.mark.dist
 CPU = torch.device("cpu")
@@ -173,6 +175,39 @@ def test_every_grid_times_the_same_function(world, settings, tmp_path):
     for values in run_ranks(world, randomised, tmp_path, settings):
         assert values.keys() == alone.keys()
         assert [name for name in alone if not np.array_equal(values[name], alone[name])] == []
+
+
+def named_parts(settings: dict) -> tuple[list[str], bool]:
+    """(regions of a micro-batch as they begin, whether naming them changed any gradient)."""
+    config = ParallelConfig(**settings)
+    model, work = build(join(config), config), small_work()
+    randomise_zeros(model)
+    timed = Timed(model, lambda: call_ours(model, work), work)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        timed.forward_backward()
+        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain, heard = gradients(), Listing()
+    with named_regions(model, heard):
+        named = gradients()
+    assert heard.open == []
+    return heard.entered, any(not torch.equal(named[name], plain[name]) for name in plain)
+
+
+def test_regions_of_rows_that_travel(tmp_path):
+    """They arrive and leave inside of the experts; in the backward pass the other way round."""
+    for entered, changed in run_ranks(2, named_parts, tmp_path, {"expert_model_parallel_size": 2}):
+        assert not changed
+        layers = entered.count("experts") // 2
+        assert layers > 0
+        assert (
+            entered.count("dispatch") == entered.count("combine") == 4 * layers
+        )  # there and back, both passes
+        first = entered.index("experts")
+        assert entered[first : first + 4] == ["experts", "dispatch", "combine", "combine"]
+        back = len(entered) - 1 - entered[::-1].index("experts")
+        assert entered[back : back + 3] == ["experts", "combine", "dispatch"]
 
 
 def parts_of_a_micro_batch(settings: dict) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_nucleus.backends import recorded
+from megatron_nucleus.core.models.presets import PRESETS
 from megatron_nucleus.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,34 @@ def test_report_lists_every_backend_with_its_state():
             assert registry.choose(op, "auto", device_type="cpu").backend == backend
     assert sum(r["chosen"] for r in report["backends"]) == len(registry.operations())
     assert any("backends on cpu" in line for line in text)
+
+
+def test_a_models_sizes_change_the_answer_and_recorded_libraries_are_listed():
+    done = doctor("--json", "--device", "cuda", "--preset", "demo", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    *text, last = done.stdout.strip().splitlines()
+    report = json.loads(last)
+    rows = {r["backend"]: r for r in report["backends"] if r["op"] == "attention"}
+    assert rows["flash_attn_2"]["reason"] == "takes bfloat16, float16, not float32"
+    assert report["preset"] == "demo"
+    assert {r["library"] for r in report["recorded"]} == {entry.name for entry in recorded.LIBRARIES}
+    for row in report["recorded"]:
+        assert row["read"]
+        assert row["version"] is not None or row["reason"] or row["library"] == "apex"
+    assert set(report["adamw"]) == {"apex"}
+    assert any("never run by this project" in line for line in text)
+
+
+def test_torchs_choice_of_an_attention_kernel_is_shown():
+    report = json.loads(doctor("--json", "--device", "cpu").stdout.splitlines()[-1])
+    assert report["torch_attention"] == {"without_masks": "flash", "with_masks": "flash"}
+
+
+def test_an_unknown_preset_points_to_the_nearest():
+    done = doctor("--preset", "dem")
+    assert done.returncode == 2
+    expected = f"error: --preset: 'dem' is not allowed (did you mean demo?); one of: {', '.join(PRESETS)}"
+    assert done.stderr.strip() == expected
 
 
 def test_unknown_device_is_one_line_and_exit_code_2():

@@ -244,3 +244,13 @@ def test_routing_stats_cover_every_picture_and_step(run_folder, tmp_path, capsys
         call(capsys, *flags, "--output", tmp_path / "a")
     call(capsys, *flags, "--output", tmp_path / "a", "--overwrite")
     assert not (tmp_path / "a" / "routing.json").exists()
+
+
+def test_experts_in_8_bits_draw_nearly_the_same(run_folder, tmp_path, capsys):
+    prompts = ["--checkpoint", run_folder, "--prompt", "a red circle"]
+    pictures = []
+    for choice in ("stored", "fp8"):
+        folder = tmp_path / choice
+        call(capsys, *prompts, "--output", folder, "--expert-weights", choice)
+        pictures.append(np.asarray(Image.open(folder / "00000.png"), np.float64))
+    assert 0 < np.abs(pictures[0] - pictures[1]).mean() < 10  # grey levels of 255

@@ -46,6 +46,7 @@ TIMING = {
     "peak_memory_bytes",
     "timestamp",
     "optimizer_s",
+    "data_s",
 }
 
 

@@ -10,61 +10,97 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from triton_ops import layer_norm, moe_rows
+from triton_ops import expert_ffn, gated_residual, layer_norm, moe_rows, norm_rope, swiglu, symmetric
 
-D = 2048  # width of nucleus_image_17b
+D, K = 2048, 128  # width and head width of nucleus_image_17b
 ROWS, WIDTH = layer_norm.tile(D)
 WIDEST_ROWS, WIDEST = layer_norm.tile(layer_norm.MAX_WIDTH)
 TILE = {"ROWS": moe_rows.ROWS, "COLUMNS": moe_rows.COLUMNS}
 BOTH = {"HAS_BASE": True, "HAS_WEIGHT": True}
+NORM = {"HAS_PLAIN": True, "ROWS": ROWS, "WIDTH": WIDTH}
+NORM_CHUNK = {"CHUNK": layer_norm.CHUNK, **NORM}
+NORM_WIDEST = {**NORM_CHUNK, "ROWS": WIDEST_ROWS, "WIDTH": WIDEST}
+GATED_WIDEST = {**NORM_WIDEST, "WIDTH": gated_residual.MAX_WIDTH}
+GATED_WARPS = gated_residual.warps(gated_residual.MAX_WIDTH)
+HEADS = dict(zip(("ROWS", "WIDTH"), norm_rope.tile(K), strict=True))
+HEADS_CHUNK = {"CHUNK": norm_rope.CHUNK, **HEADS}
+SWIGLU = {"ROWS": swiglu.DEFAULT.rows, "COLUMNS": swiglu.DEFAULT.columns}
 
-# name: (kernel, constants, warps)
+
+class Spec(NamedTuple):
+    """blocks: that must fit a multiprocessor together; a second one hides the first one's memory waits."""
+
+    kernel: Any
+    constants: dict
+    warps: int
+    blocks: int = 2
+    stages: int = 1
+    data: str = "*bf16"
+
+
+def product(kernel: Any, tile: Any, data: str = "*bf16", **constants: Any) -> Spec:
+    """A kernel that fills the tensor cores: one block has all registers, its stages hide the waits."""
+    constants = {"DEPTH": tile.depth, "INTERPRET": False, **constants}
+    return Spec(kernel, constants, tile.warps, blocks=1, stages=tile.stages, data=data)
+
+
+def symmetric_of(tile: Any, data: str = "*bf16") -> Spec:
+    return product(symmetric.product_kernel, tile, data, HAS_ADDEND=True, SIDE=tile.rows)
+
+
+def experts_of(tile: Any, data: str = "*bf16") -> Spec:
+    sides = {"ROWS": tile.rows, "COLUMNS": tile.columns, "GROUP": expert_ffn.GROUP}
+    return product(expert_ffn.gate_up_kernel, tile, data, KEEP=True, **sides)
+
+
 KERNELS = {
-    "gather": (moe_rows.gather_kernel, TILE, moe_rows.WARPS),
-    "gather backward": (
-        moe_rows.segment_sum_kernel,
-        {**TILE, "HAS_BASE": False, "HAS_WEIGHT": False},
-        moe_rows.WARPS,
+    "gather": Spec(moe_rows.gather_kernel, TILE, moe_rows.WARPS),
+    "gather backward": Spec(
+        moe_rows.segment_sum_kernel, {**TILE, "HAS_BASE": False, "HAS_WEIGHT": False}, moe_rows.WARPS
     ),
-    "combine": (moe_rows.segment_sum_kernel, {**TILE, **BOTH}, moe_rows.WARPS),
-    "combine backward": (moe_rows.combine_backward_kernel, TILE, moe_rows.WARPS),
-    "layer norm": (
-        layer_norm.forward_kernel,
-        {"HAS_PLAIN": True, "ROWS": ROWS, "WIDTH": WIDTH},
-        layer_norm.WARPS,
+    "combine": Spec(moe_rows.segment_sum_kernel, {**TILE, **BOTH}, moe_rows.WARPS),
+    "combine backward": Spec(moe_rows.combine_backward_kernel, TILE, moe_rows.WARPS),
+    "layer norm": Spec(layer_norm.forward_kernel, NORM, layer_norm.WARPS),
+    "layer norm backward": Spec(layer_norm.backward_kernel, NORM_CHUNK, layer_norm.WARPS),
+    "layer norm backward, widest": Spec(layer_norm.backward_kernel, NORM_WIDEST, layer_norm.WARPS, blocks=1),
+    "gated residual": Spec(gated_residual.forward_kernel, NORM, gated_residual.warps(WIDTH)),
+    "gated residual backward": Spec(gated_residual.backward_kernel, NORM_CHUNK, gated_residual.warps(WIDTH)),
+    "gated residual backward, widest": Spec(
+        gated_residual.backward_kernel, GATED_WIDEST, GATED_WARPS, blocks=1
     ),
-    "layer norm backward": (
-        layer_norm.backward_kernel,
-        {"HAS_PLAIN": True, "CHUNK": layer_norm.CHUNK, "ROWS": ROWS, "WIDTH": WIDTH},
-        layer_norm.WARPS,
-    ),
-    "layer norm backward, widest": (
-        layer_norm.backward_kernel,
-        {"HAS_PLAIN": True, "CHUNK": layer_norm.CHUNK, "ROWS": WIDEST_ROWS, "WIDTH": WIDEST},
-        layer_norm.WARPS,
-    ),
+    "norm and rotation": Spec(norm_rope.forward_kernel, HEADS, norm_rope.WARPS),
+    "norm and rotation backward": Spec(norm_rope.backward_kernel, HEADS_CHUNK, norm_rope.WARPS),
+    "swiglu": Spec(swiglu.forward_kernel, SWIGLU, swiglu.DEFAULT.warps),
+    "swiglu backward": Spec(swiglu.backward_kernel, {**SWIGLU, "WITH_OUT": True}, swiglu.DEFAULT.warps),
+    "symmetric product": symmetric_of(symmetric.DEFAULT),
+    "symmetric product, fp32": symmetric_of(symmetric.DEFAULT_FP32, "*fp32"),
+    "experts": experts_of(expert_ffn.DEFAULT),
+    "experts, fp32": experts_of(expert_ffn.DEFAULT_FP32, "*fp32"),
 }
-TYPES = {"index": "*i64", "order": "*i64", "starts": "*i64", "partial": "*fp32", "eps": "fp32"}
-SIZES = {"N", "T", "S", "D"}
+TYPES = {"index": "*i64", "order": "*i64", "starts": "*i64", "partial": "*fp32", "rotation": "*fp32"}
+TYPES |= dict.fromkeys(("eps", "alpha", "beta"), "fp32")
+SIZES = {"N", "T", "S", "D", "H", "K", "F", "R", "C"}
+WIDTHS = SIZES - {"N", "T", "S", "H"}  # of the architecture, multiples of 16
 
 
-def compile_kernel(kernel, constants: dict, warps: int) -> dict:
-    """Registers per thread, bytes of shared memory, bytes spilled, and warps of one kernel on bf16 data."""
+def compile_kernel(spec: Spec) -> dict:
+    """Registers per thread, bytes of shared memory, bytes spilled, and warps of one kernel, as at a launch."""
     signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
+    for position, name in enumerate(spec.kernel.arg_names):
         signature[name] = (
-            "constexpr" if name in constants else "i32" if name in SIZES else TYPES.get(name, "*bf16")
+            "constexpr" if name in spec.constants else "i32" if name in SIZES else TYPES.get(name, spec.data)
         )
-        # As at a launch with aligned tensors and D = 2048: the compiler may use 16-byte accesses.
-        if signature[name].startswith("*") or name == "D":
+        # With aligned tensors and widths that are multiples of 16 the compiler may use 16-byte accesses.
+        if signature[name].startswith("*") or name in WIDTHS:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    source = ASTSource(spec.kernel, signature=signature, constexprs=spec.constants, attrs=attributes)
+    options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -76,9 +112,11 @@ def compile_kernel(kernel, constants: dict, warps: int) -> dict:
         "registers": counts["REG"],
         "spilled_bytes": counts["STACK"] + counts["LOCAL"],
         "shared_bytes": compiled.metadata.shared,
-        "warps": warps,
+        "warps": spec.warps,
+        "blocks": spec.blocks,
+        "tensor_core_products": len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"])),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compile_kernel(*spec) for name, spec in KERNELS.items()}))
+    print(json.dumps({name: compile_kernel(spec) for name, spec in KERNELS.items()}))

@@ -18,22 +18,7 @@ from torch import Tensor, nn
 from megatron_nucleus.core.optimizer import shards
 from megatron_nucleus.core.optimizer.exchange import STAGES, Exchange
 from megatron_nucleus.core.optimizer.param_groups import SPLITS, matrices
-
-# One step maps every singular value s (the largest is at most 1) to a*s + b*s^3 + c*s^5.
-# Five or more steps: Keller Jordan's coefficients; values above 0.003 end in [0.68, 1.21].
-# Four and three steps: the minimax quintics of Polar Express (arXiv 2505.16932), computed for values in
-# [0.003, 1.02] and [0.01, 1.02] with 1 % between steps for rounding; they end in [0.78, 1.22] and [0.71, 1.29].
-JORDAN = (3.4445, -4.7750, 2.0315)
-MINIMAX = {
-    3: ((7.942388, -22.287293, 15.823857), (3.623094, -2.662054, 0.514067), (2.686905, -1.971038, 0.440643)),
-    4: (
-        (8.221763, -23.346858, 16.633755),
-        (4.012115, -2.930303, 0.543126),
-        (3.507991, -2.581028, 0.505327),
-        (2.529413, -1.844704, 0.427668),
-    ),
-}
-NORM_FLOOR = 1e-7  # a zero gradient must stay a zero update; the value of torch.optim.Muon
+from megatron_nucleus.ops.orthogonalize import orthogonalize
 
 # Values orthogonalised together. On a CPU a batch that stays in the cache beats one long batch. On a GPU the
 # bound only keeps the work tensors small beside the model (256 MiB each in bf16).
@@ -82,36 +67,13 @@ class _Batch(NamedTuple):
     slots: tuple[_Slot, ...]
 
 
-def coefficients(steps: int) -> tuple[tuple[float, float, float], ...]:
-    """Quintic coefficients (a, b, c) of each of ``steps`` Newton-Schulz steps."""
-    return MINIMAX.get(steps) or (JORDAN,) * steps
-
-
-def newton_schulz(stack_nrc: Tensor, steps: int) -> Tensor:
-    """Orthogonalise every matrix of a stack.
-
-    Args:
-        stack_nrc: [n, r, c] with r <= c (the Gram matrix is r x r), fp32, bf16 or fp64; used as work space.
-        steps: Newton-Schulz steps, at least 3; see `coefficients`.
-
-    Returns:
-        [n, r, c] of the same dtype, singular values about 1; may share memory with the input.
-    """
-    accumulate = torch.promote_types(stack_nrc.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(stack_nrc, dim=(1, 2), keepdim=True, dtype=accumulate)
-    x = stack_nrc.mul_(norm.clamp_(min=NORM_FLOOR).reciprocal_())
-    n, r, _ = x.shape
-    gram, poly, other = x.new_empty(n, r, r), x.new_empty(n, r, r), torch.empty_like(x)
-    for a, b, c in coefficients(steps):
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
-        torch.baddbmm(x, poly, x, beta=a, out=other)
-        x, other = other, x
-    return x
+def arithmetic(dtype: torch.dtype | None, tensor: Tensor) -> torch.dtype:
+    """Dtype of the Newton-Schulz arithmetic for a parameter; dtype: as of `Muon`."""
+    return dtype or (torch.bfloat16 if tensor.is_cuda else tensor.dtype)
 
 
 def newton_schulz_flops(shape: Sequence[int], steps: int) -> int:
-    """Floating-point operations of `newton_schulz` on matrices [..., rows, columns]."""
+    """Floating-point operations of `ops.orthogonalize` on matrices [..., rows, columns], every product in full."""
     *lead, a, b = shape
     r, c = min(a, b), max(a, b)
     return math.prod(lead) * steps * (4 * r * r * c + 2 * r * r * r)
@@ -128,6 +90,7 @@ class Muon:
         scale: update RMS is about ``scale`` whatever the shape (0.2 matches AdamW's, arXiv 2502.16982).
         dtype: dtype of the Newton-Schulz arithmetic; None = bf16 on CUDA, the parameter's own elsewhere. Between
             ranks directions and updates travel in it.
+        orthogonalize: a backend of `ops.orthogonalize`; every stack is handed to it to be overwritten.
     """
 
     def __init__(
@@ -139,10 +102,12 @@ class Muon:
         steps: int,
         scale: float,
         dtype: torch.dtype | None = None,
+        orthogonalize: Callable[[Tensor, int, bool], Tensor] = orthogonalize,
     ):
         self.params = params
         self.beta, self.nesterov, self.steps, self.scale = momentum, nesterov, steps, scale
         self.dtype = dtype
+        self.orthogonalize = orthogonalize
         self.momentum = [torch.zeros_like(p.param) for p in params]
         shapes = [matrices(p.split, p.param.shape) for p in params]
         self._scales = [scale * math.sqrt(max(shape[-2:])) for shape in shapes]  # max(fan_in, fan_out)
@@ -203,7 +168,7 @@ class Muon:
             weight.add_(update, alpha=self._rate(i, lr))
 
     def _arithmetic(self, tensor: Tensor) -> torch.dtype:
-        return self.dtype or (torch.bfloat16 if tensor.is_cuda else tensor.dtype)
+        return arithmetic(self.dtype, tensor)
 
     def _source(self, index: int, param: MuonParam, shape: Sequence[int]) -> _Source:
         return _Source(index, param.split, shape, self._arithmetic(param.param), param.param.device)
@@ -234,7 +199,7 @@ class Muon:
             return torch.lerp(_views(slot, grads), average, self.beta) if self.nesterov else average
 
         for batch in batches:
-            update = newton_schulz(_stack(batch, direction), self.steps)
+            update = self.orthogonalize(_stack(batch, direction), self.steps, True)
             for slot in batch.slots:
                 view = _views(slot, weights)
                 view.add_(_part(slot, update).view(view.shape), alpha=self._rate(slot.index, lr))
@@ -242,7 +207,8 @@ class Muon:
     def _orthogonalize(self, owned: list[Tensor]) -> list[Tensor]:
         """Orthogonalise the matrices of tensors in place."""
         for batch in self._owned_batches:
-            update = newton_schulz(_stack(batch, lambda slot: _views(slot, owned)), self.steps)
+            stack = _stack(batch, lambda slot: _views(slot, owned))
+            update = self.orthogonalize(stack, self.steps, True)
             for slot in batch.slots:
                 view = _views(slot, owned)
                 view.copy_(_part(slot, update).view(view.shape))

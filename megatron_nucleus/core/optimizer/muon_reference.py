@@ -12,14 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_nucleus.core.optimizer.muon import coefficients
+from megatron_nucleus.ops.orthogonalize import coefficients
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Approximate the polar factor U V^T of ``matrix`` = U S V^T.
 
     Each step maps every singular value s to a*s + b*s^3 + c*s^5. The coefficients trade convergence to 1 for
-    a steep slope at 0, so the result has singular values around 1, not equal to 1 (bands: `muon.coefficients`).
+    a steep slope at 0, so the result has singular values around 1, not equal to 1 (bands: `ops.orthogonalize`).
 
     Args:
         matrix: [rows, columns], any float dtype; the arithmetic keeps it.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from megatron_nucleus.core.optimizer import param_groups
-from megatron_nucleus.core.optimizer.adamw import AdamW, AdamWParam
-from megatron_nucleus.core.optimizer.muon import Muon, MuonParam
+from megatron_nucleus.core.optimizer.adamw import ADAMW_BACKENDS, AdamW, AdamWParam
+from megatron_nucleus.core.optimizer.muon import Muon, MuonParam, arithmetic
 from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, ROUTER, Rule, matrices
 from megatron_nucleus.core.optimizer.router_orthogonality import RouterOrthogonality
+from megatron_nucleus.ops import registry
+from megatron_nucleus.ops.orthogonalize import orthogonalize
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -42,6 +45,10 @@ class OptimizerConfig:
         "Newton-Schulz arithmetic; auto = bf16 on CUDA, fp32 elsewhere",
         choices=("auto", "bf16", "fp32"),
     )
+    orthogonalize_backend: str = knob(
+        "auto", "Newton-Schulz of Muon: a name that tools/doctor.py lists, or auto"
+    )
+    adamw_backend: str = knob("torch", "fused kernel of AdamW", choices=("torch", *ADAMW_BACKENDS))
     # Betas, eps, weight decay and clipping are unknown: Moonlight's betas and decay, Megatron's clipping.
     adam_beta1: float = knob(0.9, "decay of AdamW's gradient average (own choice)")
     adam_beta2: float = knob(0.95, "decay of AdamW's squared-gradient average (own choice)")
@@ -186,11 +193,33 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
             steps=config.muon_num_ns_steps,
             scale=config.muon_extra_scale_factor,
             dtype=dtype,
+            orthogonalize=_resolve_orthogonalize(config, muon, dtype),
         ),
-        AdamW(adamw, beta1=config.adam_beta1, beta2=config.adam_beta2, eps=config.adam_eps),
+        AdamW(
+            adamw,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            eps=config.adam_eps,
+            backend=config.adamw_backend,
+        ),
         _build_orthogonality(config, factors.get(ROUTER, 1.0), rules, params),
         rules,
         params,
+    )
+
+
+def _resolve_orthogonalize(
+    config: OptimizerConfig, params: list[MuonParam], dtype: torch.dtype | None
+) -> Callable[[Tensor, int, bool], Tensor]:
+    """The backend for where the parameters are; without any nothing is resolved and none is called."""
+    if not params:
+        return orthogonalize
+    first = params[0].param
+    return registry.resolve(
+        "orthogonalize",
+        config.orthogonalize_backend,
+        device_type=first.device.type,
+        dtype=arithmetic(dtype, first),
     )
 
 

@@ -25,6 +25,7 @@ from megatron_nucleus.core.parallel_state import DENSE_AXES, EXPERT_AXES, Parall
 from megatron_nucleus.core.parallelize import expert_bytes_exchanged
 from megatron_nucleus.export.hf_keys import count_parameters
 from megatron_nucleus.training import flops
+from megatron_nucleus.training.benchmark.breakdown import Step, draw_noise, time_breakdown
 from megatron_nucleus.training.benchmark.compare import compare, diffusers_parts
 from megatron_nucleus.training.benchmark.parts import Timed, Workload, call_ours, interleave, largest
 from megatron_nucleus.utils import rng
@@ -49,6 +50,17 @@ class BenchConfig:
         None, "clipping and optimizer are part of the step; None = yes, but not with --compare"
     )
     compare: str | None = knob(None, "time another module with the same weights, too", choices=("diffusers",))
+    compare_compile: bool = knob(False, "also time that module with its blocks compiled")
+    compare_checkpointing: bool = knob(
+        False, "that module with its gradient checkpointing, to stand beside --recompute-granularity full"
+    )
+    breakdown: bool | None = knob(
+        None,
+        "time what is inside of a step: data, attention, dispatch, experts, ...; None = where it has an optimizer",
+    )
+    read_data: bool = knob(
+        False, "the breakdown's data are those of --data-path, through loader and encoders; else noise alone"
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("text_tokens", 1), ("steps", 1), ("warmup", 0)):
@@ -60,6 +72,13 @@ class BenchConfig:
             raise ConfigError(
                 f"--grid {' '.join(map(str, self.grid))}: expected two positive numbers of tokens"
             )
+        for name in ("compare_compile", "compare_checkpointing"):
+            if getattr(self, name) and not self.compare:
+                raise ConfigError(f"--{name.replace('_', '-')}: needs --compare diffusers")
+        if self.breakdown and self.forward_only:
+            raise ConfigError("--breakdown does not go with --forward-only: its step has no parts")
+        if self.read_data and not self.with_breakdown:
+            raise ConfigError("--read-data: data are part of the breakdown alone; add --breakdown")
         if self.time_optimizer and (self.compare or self.forward_only):
             other = "--compare" if self.compare else "--forward-only"
             raise ConfigError(f"--time-optimizer does not go with {other}: its step has no optimizer")
@@ -68,6 +87,11 @@ class BenchConfig:
     def with_optimizer(self) -> bool:
         """Whether the step includes clipping and the optimizer."""
         return not (self.compare or self.forward_only) and self.time_optimizer is not False
+
+    @property
+    def with_breakdown(self) -> bool:
+        """Whether a step's parts are timed from within."""
+        return self.with_optimizer if self.breakdown is None else self.breakdown
 
     @property
     def main_part(self) -> str:
@@ -106,6 +130,9 @@ def run_benchmark(
     work: Workload,
     peak_flops: float | None,
     parallel: ParallelState,
+    *,
+    data: Callable[[], object] | None = None,
+    compiled: bool = False,
 ) -> dict:
     """Time ``model`` (and, on request, diffusers' module) and return the JSON object of ``tools/bench_train.py``.
 
@@ -118,6 +145,8 @@ def run_benchmark(
             and with bf16 and ``compare``, which is for one process, it is cast.
         work: of the same shape on every rank.
         peak_flops: of one device in FLOP/s, for MFU; None = unknown, then mfu is None.
+        data: brings the breakdown's micro-batches; None = `draw_noise`. They are no part of ``step_s``.
+        compiled: the model's blocks are compiled.
 
     Raises:
         ConfigError: diffusers is asked for and not installed.
@@ -143,15 +172,33 @@ def run_benchmark(
     else:
         measure(parts, 1)
         memory = peak_memory_bytes(device)  # ours alone: theirs is not built yet
-        times = measure(parts | diffusers_parts(model, work, bench.forward_only), bench.steps)
+        theirs, refused = diffusers_parts(
+            model,
+            work,
+            bench.forward_only,
+            compiled=bench.compare_compile,
+            checkpointing=bench.compare_checkpointing,
+        )
+        times = measure(parts | theirs, bench.steps)
     step_s = sum(count * times[part].median_s for part, count in counts.items())
     step_bytes = sum(count * sent[part] for part, count in counts.items())
     result = _figures(model.shape, bench, work, step_s, peak_flops, parallel.world)
     result |= _communication(model.shape, bench, work, step_bytes, optimizer, parallel)
     result["peak_memory_bytes"] = int(largest([memory], parallel.control)[0])
     result |= {part: dataclasses.asdict(times[part]) for part in parts}
+    if bench.with_breakdown:
+        step = Step(
+            Timed(model, functools.partial(call_ours, model, work), work),
+            optimizer,
+            optimizer_config.clip_grad,
+            data or draw_noise(work, model),
+            dist.group.WORLD if parallel.world > 1 else None,
+            compiled=compiled,
+        )
+        inside = time_breakdown(step, bench.steps, bench.warmup, device, parallel.control)
+        result["breakdown"] = {name: dataclasses.asdict(s) for name, s in inside.items()}
     if bench.compare:
-        result["compare"] = compare(times, bench.main_part, work.accumulation)
+        result["compare"] = compare(times, bench.main_part, work.accumulation) | {"refused": refused}
     return result
 
 

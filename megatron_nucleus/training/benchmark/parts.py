@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from megatron_nucleus.core.collectives import gather_rows
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.training.losses import flow_loss_per_image
+from megatron_nucleus.training.profiling.regions import SILENT, Sink, region
 from megatron_nucleus.types import TextFeatures
 
 
@@ -53,19 +54,23 @@ class Timed:
                 module.reshard()
         return velocity_BSP
 
-    def forward_backward(self, last: bool = True) -> None:
+    def forward_backward(self, last: bool = True, sink: Sink = SILENT) -> None:
         """Fresh gradients of the velocity MSE in ``module``.
 
         Args:
             last: whether it is a step's last micro-batch, of which copies of the weights on other ranks learn.
+            sink: hears of ``forward`` and ``backward``.
         """
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
         for p in self.module.parameters():
             p.grad = None
-        with self._precision():
-            velocity_BSP = self.call()
-        flow_loss_per_image(velocity_BSP, self.work.target_BSP).mean().backward()
+        with region(sink, "forward"):
+            with self._precision():
+                velocity_BSP = self.call()
+            loss = flow_loss_per_image(velocity_BSP, self.work.target_BSP).mean()
+        with region(sink, "backward"):
+            loss.backward()
 
     def _precision(self) -> contextlib.AbstractContextManager:
         device_type = self.work.latents_BSP.device.type

@@ -1,0 +1,148 @@
+"""tools/profile_train.py: the shares, the named regions in the trace, the memory, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+
+from megatron_nucleus.training.profiling.kernels import KernelRow, table, with_shares
+from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
+from megatron_nucleus.utils.errors import ConfigError
+from tools.profile_train import main
+
+SMALL = [
+    "--num-layers", "2", "--num-experts", "4", "--capacity-factors", "2", "--global-batch-size", "4",
+    "--micro-batch-size", "2", "--grid", "2", "3", "--text-tokens", "5", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """(result, folder) of one profile of two steps, each of two micro-batches of a dense and an MoE layer."""
+    folder = tmp_path_factory.mktemp("profile") / "new"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*SMALL, "--output", str(folder), "--profile-warmup", "1", "--top", "3", "--json"])
+    return json.loads(out.getvalue().splitlines()[-1]), folder
+
+
+def events(folder) -> list[dict]:
+    return json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+def test_shares_add_up_and_times_are_those_of_the_step(profile):
+    result, _ = profile
+    assert sum(row["share_frac"] for row in result["kernels"]) == pytest.approx(1.0)
+    assert sum(row["self_s"] for row in result["kernels"]) == pytest.approx(
+        result["steps"] * result["self_s"]
+    )
+    times = [row["self_s"] for row in result["kernels"]]
+    assert times == sorted(times, reverse=True)
+    whole_s = sum(result["regions"][part]["total_s"] for part in STEP_PARTS)
+    assert 0 < result["self_s"] < whole_s  # the rest is Python's
+    names = {row["name"] for row in result["kernels"]}
+    assert {"aten::mm", "aten::bmm"} <= names
+    assert not names & {*STEP_PARTS, *REGIONS, "_EdgeBackward", "[memory]"}
+
+
+def test_every_region_is_in_the_trace_as_often_as_it_runs(profile):
+    result, folder = profile
+    assert set(result["regions"]) == {*STEP_PARTS, *REGIONS}
+    calls = {name: row["calls"] for name, row in result["regions"].items()}
+    # Two micro-batches; each region once forward and once backward, attention in both layers.
+    inner = dict.fromkeys(REGIONS, 4) | {"attention": 8}
+    assert calls == inner | {"data": 2, "forward": 2, "backward": 2, "optimizer": 1}
+    named = [e for e in events(folder) if e.get("cat") == "user_annotation"]
+    assert {e["name"] for e in named} == {*STEP_PARTS, *REGIONS}
+    assert len(named) == result["steps"] * sum(calls.values())
+
+
+def test_regions_nest_on_their_own_line_of_the_trace(profile):
+    """Viewers drop what overlaps without nesting."""
+    _, folder = profile
+    named = [e for e in events(folder) if e.get("cat") == "user_annotation"]
+    assert {e["tid"] for e in named} == {"regions"}
+    open_until: list[float] = []
+    for event in sorted(named, key=lambda e: (e["ts"], -e["dur"])):
+        start, end = event["ts"], event["ts"] + event["dur"]
+        while open_until and open_until[-1] <= start:
+            open_until.pop()
+        assert not open_until or end <= open_until[-1], event["name"]
+        open_until.append(end)
+    assert "host_name" not in json.loads((folder / "trace.json").read_text())
+
+
+def test_memory_over_time(profile):
+    result, folder = profile
+    timeline = json.loads((folder / "memory.json").read_text())
+    assert [p["time_s"] for p in timeline] == sorted(p["time_s"] for p in timeline)
+    total = 0
+    for point in timeline:
+        total += point["bytes"]
+        assert point["allocated_bytes"] == total
+    assert result["peak_allocated_bytes"] == max(p["allocated_bytes"] for p in timeline)
+    # At least the gradients of all weights are alive at once: 650,000 fp32 values.
+    assert result["peak_allocated_bytes"] > 2_000_000
+
+
+def test_files_and_table(profile):
+    result, folder = profile
+    assert {f.name for f in folder.iterdir()} == set(result["files"])
+    assert json.loads((folder / "profile.json").read_text()) == result
+    lines = (folder / "kernels.md").read_text().splitlines()
+    assert len(lines) == 2 + 3 + 1
+    shares = [float(line.split("|")[-2].strip(" %")) for line in lines[2:]]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert f"`{len(result['kernels']) - 3} others`" in lines[-1]
+
+
+def test_without_memory(tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*SMALL, "--output", str(tmp_path), "--profile-steps", "1", "--no-memory", "--json"])
+    result = json.loads(out.getvalue().splitlines()[-1])
+    assert "peak_allocated_bytes" not in result
+    assert not (tmp_path / "memory.json").exists()
+
+
+def test_rows_of_a_table():
+    rows = with_shares([("b", 4, 1.0), ("a", 2, 1.0), ("c|d", 6, 2.0), ("nothing", 1, 0.0)])
+    assert rows[0] == KernelRow("c|d", 6, 2.0, 0.5)
+    assert [row.name for row in rows] == ["c|d", "a", "b", "nothing"]
+    text = table(rows, top=2, steps=2).splitlines()
+    assert text[2] == "| `c\\|d` | 3 | 1000.000 | 50.0% |"
+    assert text[3] == "| `a` | 1 | 500.000 | 25.0% |"
+    assert text[4] == "| `2 others` | 2.5 | 500.000 | 25.0% |"
+    assert with_shares([("a", 1, 0.0)]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile-steps", "0"], "--profile-steps 0: must be at least 1"),
+        (["--top", "0"], "--top 0"),
+        (["--output", __file__], "is a file"),
+        pytest.param(
+            ["--nvtx"],
+            "--nvtx: torch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        main([*SMALL, *arguments])
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_kernels_and_a_snapshot(tmp_path):
+    flags = [flag for flag in SMALL if flag != "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main([*flags, "cuda", "--output", str(tmp_path), "--json"])
+    result = json.loads(out.getvalue().splitlines()[-1])
+    assert sum(row["share_frac"] for row in result["kernels"]) == pytest.approx(1.0)
+    assert not any(row["name"].startswith("aten::") for row in result["kernels"])
+    assert (tmp_path / "memory.pickle").stat().st_size > 1000
+    assert {*STEP_PARTS, *REGIONS} <= set(result["regions"])
