@@ -71,7 +71,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arms", nargs="+", metavar="NAME", help="only these arms (and what they derive from)"
     )
-    parser.add_argument("--seeds", nargs="+", metavar="N", help="other seeds than the file's, at least two")
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="N", help="other seeds than the file's, min_seeds of them"
+    )
     parser.add_argument("--jobs", default="1", metavar="N", help="programs side by side, one thread each [1]")
     parser.add_argument("--stop-after", metavar="MIN", help="stop after so many minutes (exit code 4)")
     parser.add_argument(
@@ -108,7 +110,7 @@ def choose(suites: dict[str, Suite], args: argparse.Namespace) -> list[Suite]:
             )
     chosen = list(suites.values())
     if args.seeds is not None:
-        seeds = check_seeds(args.seeds, "--seeds")
+        seeds = check_seeds(args.seeds, "--seeds", max(suite.min_seeds for suite in chosen))
         chosen = [dataclasses.replace(suite, seeds=seeds) for suite in chosen]
     return chosen
 

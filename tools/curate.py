@@ -2,8 +2,8 @@
 
 The input is a folder of images (searched recursively) with NAME.txt or NAME.json captions beside them, of tables
 (CSV, JSONL, Parquet) that name image files, of WebDataset tars as img2dataset writes them, or of all of these.
-Originals are only read. The same command goes on where a stopped one left off. What runs, and in which order, is the
-recipe; a stage of your own is one line in it.
+Originals are only read. The same command goes on where a stopped one left off; with --update it refines a finished
+data set. What runs, and in which order, is the recipe; a stage of your own is one line in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="curate.py", description=__doc__)
     parser.add_argument("--input", required=True, metavar="DIR", help="folder of images, tables or tars")
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder for the data set, new or unfinished"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder for the data set, new or unfinished; a finished one with --update or --retry-failed",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML with a section per group of flags below")
     parser.add_argument(
@@ -30,11 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="store_true",
         help="also in a finished output: try the items again that failed for a passing reason, those alone",
     )
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="also in a finished output: make again what other settings or another input change, keep the rest; the "
+        "data set stays in use until its first shard is about to change",
+    )
     add_arguments(parser, Settings)
     cli.add_json_flag(parser)
     args = parser.parse_args(argv)
     settings = load(Settings, args, args.config)
-    result = curate(args.input, args.output, settings, retry_failed=args.retry_failed)
+    result = curate(args.input, args.output, settings, retry_failed=args.retry_failed, update=args.update)
     _summary(result)
     if args.json:
         cli.print_json(result)

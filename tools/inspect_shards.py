@@ -11,7 +11,7 @@ import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_nucleus.data.shard_lookup import DataSet, extract, plain
 from megatron_nucleus.inference.grid import CELL_PX, contact_sheet
@@ -19,6 +19,7 @@ from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.errors import ConfigError
 from megatron_nucleus.utils.files import write_atomic
+from megatron_nucleus.utils.staging import check_writable, explain_writing
 
 _MAX_SHEET = 400  # pictures on one sheet; own choice
 _SHOWN = 8  # names of a table of counts; the rest is one line
@@ -36,9 +37,15 @@ def build_parser() -> Parser:
     actions.add_argument(
         "--sheet", metavar="FILE", help="PNG with pictures drawn by chance and their captions"
     )
-    actions.add_argument("--id", metavar="PREFIX", help="samples whose id begins so, in full")
     actions.add_argument(
-        "--text", metavar="WORD", nargs="+", help="samples of which one caption has all these words"
+        "--id",
+        metavar="ID",
+        help="samples whose id begins so, or whose path in the input ends so (whole names), kept or not",
+    )
+    actions.add_argument(
+        "--text",
+        metavar="WORDS",
+        help='samples of which one caption has all these words; several words in quotes: "red house"',
     )
     sheet = parser.add_argument_group("of --sheet")
     sheet.add_argument("--bucket", metavar="WxH", help="this aspect bucket alone")
@@ -48,9 +55,11 @@ def build_parser() -> Parser:
     sheet.add_argument("--seed", type=int, metavar="S", help="another seed draws others [default 0]")
     found = parser.add_argument_group("of --id and --text")
     found.add_argument(
-        "--extract", metavar="DIR", help="write the original bytes and the JSON of what is found"
+        "--extract", metavar="DIR", help="write the original bytes and the JSON of the kept samples shown"
     )
-    found.add_argument("--limit", type=int, metavar="N", help="samples shown at most [default 10]")
+    found.add_argument(
+        "--limit", type=int, metavar="N", help="kept, and other, samples shown at most [default 10]"
+    )
     cli.add_json_flag(parser)
     return parser
 
@@ -62,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = DataSet(args.dataset)
     if args.verify:
         result = _verify(data)
-    elif args.sheet:
+    elif args.sheet is not None:
         result = _sheet(data, args)
-    elif args.id is not None or args.text:
+    elif _searching(args):
         result = _find(data, args)
     else:
         result = _summary(data)
@@ -72,21 +81,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.print_json({"dataset": str(Path(args.dataset).absolute()), **result})
 
 
+def _searching(args: argparse.Namespace) -> bool:
+    return args.id is not None or args.text is not None
+
+
 def _check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that would do nothing; fill in defaults."""
+    """Refuse flags that would do nothing, and places that cannot be written; fill in defaults."""
     for name, default in _OF_SHEET.items():
-        if getattr(args, name) is not None and not args.sheet:
+        if getattr(args, name) is not None and args.sheet is None:
             raise ConfigError(f"--{name} belongs to --sheet FILE")
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    searching = args.id is not None or args.text
     for name in ("extract", "limit"):
-        if getattr(args, name) is not None and not searching:
+        if getattr(args, name) is not None and not _searching(args):
             raise ConfigError(f"--{name} belongs to --id and --text")
+    if args.extract is not None:
+        check_writable(args.extract, "--extract")
+    if args.sheet is not None:
+        _check_sheet(Path(args.sheet))
     args.limit = 10 if args.limit is None else args.limit
     if args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: at least 1")
     if not 1 <= args.count <= _MAX_SHEET:
         raise ConfigError(f"--count {args.count}: 1 to {_MAX_SHEET}")
+
+
+def _check_sheet(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--sheet {path}: give a name that ends in .png")
+    if path.is_dir():
+        raise ConfigError(f"--sheet {path}: is a folder; name a file")
+    if not path.absolute().parent.exists():
+        raise ConfigError(f"--sheet {path}: no such folder {path.parent}; create it first")
+    check_writable(path.absolute().parent, "--sheet")
 
 
 def _summary(data: DataSet) -> dict[str, Any]:
@@ -134,8 +160,6 @@ def _verify(data: DataSet) -> dict[str, Any]:
 
 
 def _sheet(data: DataSet, args: argparse.Namespace) -> dict[str, Any]:
-    if Path(args.sheet).suffix.lower() != ".png":
-        raise ConfigError(f"--sheet {args.sheet}: give a name that ends in .png")
     rows = data.draw(args.count, args.seed, args.bucket, args.tier, args.episode)
     pictures, captions = [], []
     for sample in data.samples(rows):
@@ -145,7 +169,8 @@ def _sheet(data: DataSet, args: argparse.Namespace) -> dict[str, Any]:
         captions.append(_words(sample.row))
     buffer = io.BytesIO()
     contact_sheet(pictures, captions).save(buffer, "PNG")
-    write_atomic(args.sheet, buffer.getvalue())
+    with explain_writing(args.sheet, "nothing was written"):
+        write_atomic(args.sheet, buffer.getvalue())
     print(f"{len(rows)} pictures: {args.sheet}")
     return {"sheet": str(Path(args.sheet).absolute()), "ids": [row["id"] for row in rows]}
 
@@ -158,28 +183,56 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def _find(data: DataSet, args: argparse.Namespace) -> dict[str, Any]:
-    dropped: list[dict[str, Any]] = []
+    dropped, left_out = [], 0
     if args.id is not None:
-        try:
-            rows, number = data.by_id(args.id, args.limit)
-        except ConfigError:
-            dropped = data.not_kept(args.id, args.limit)
-            if not dropped:
-                raise
-            rows, number = [], 0
+        rows, number = data.by_id(args.id, args.limit)
+        dropped, left_out = data.not_kept(args.id, args.limit)
+        if not rows and not dropped:
+            _complain(data, args.id)
     else:
-        rows, number = data.by_text(args.text, args.limit)
+        rows, number = data.by_text(args.text.split(), args.limit)
     for row in rows:
         _print_row(row)
     for row in dropped:
-        print(f"not kept: {row['sha256']} {row['item']}: {row['verdict']}, {row['reason']} ({row['detail']})")
+        _print_dropped(row)
     written = []
-    if args.extract:
-        written = [str(path) for sample in data.samples(rows) for path in extract(sample, Path(args.extract))]
+    if args.extract is not None:
+        with explain_writing(args.extract, "what was written before is whole"):
+            written = [
+                str(path) for sample in data.samples(rows) for path in extract(sample, Path(args.extract))
+            ]
         print(f"{len(written)} files in {args.extract}")
-    print(f"{number:,} found" + (f", {len(rows)} shown (--limit)" if number > len(rows) else ""))
+    print(
+        _count(number, len(rows), "found")
+        + (", " + _count(left_out, len(dropped), "not kept") if dropped else "")
+    )
     not_kept = [{**row, "container": row["container"].decode("utf-8", "backslashreplace")} for row in dropped]
-    return {"found": number, "rows": [plain(row) for row in rows], "not_kept": not_kept, "extracted": written}
+    return {
+        "found": number,
+        "rows": [plain(row) for row in rows],
+        "found_not_kept": left_out,
+        "not_kept": not_kept,
+        "extracted": written,
+    }
+
+
+def _complain(data: DataSet, wanted: str) -> NoReturn:
+    nearest = data.nearest_id(wanted)
+    raise ConfigError(
+        f"--id {wanted}: no image of {data.root}, kept or not, has an id that begins so or a path in the input that "
+        f"ends so{f'; the nearest id is {nearest}' if nearest else ''}"
+    )
+
+
+def _count(number: int, shown: int, what: str) -> str:
+    return f"{number:,} {what}" + (f", {shown} shown (--limit)" if number > shown else "")
+
+
+def _print_dropped(row: dict[str, Any]) -> None:
+    size = f", {row['width_px']} x {row['height_px']} px" if row["width_px"] else ""
+    content = row["sha256"] or "content unknown"
+    why = f"{row['verdict']} by {row['stage']}, {row['reason']} ({row['detail']})"
+    print(f"not kept: {content} {row['item']}{size}: {why}")
 
 
 def _print_row(row: dict[str, Any]) -> None:

@@ -16,8 +16,12 @@ Any such average imitates a decayed learning rate (arXiv 2507.17634): printed be
 of the rate in the steps that lead to that checkpoint. Streams: memory stays near the largest tensor.
 
 Nothing has to be planned: the rate of a run is constant, so the run itself goes on from its newest checkpoint with
-the same tools/train.py command, before or after any merge. To train on from an earlier step or from a merged folder,
-start a new run with tools/train.py --init-from FOLDER --run-dir NEW.
+the same tools/train.py command, before or after any merge. It goes on from an earlier step, with optimizer, samples,
+curriculum and rate as they were there, after the same command was given once with --set-latest STEP.
+
+A merged folder, like a step that keeps its weights alone, starts a new run: tools/train.py --init-from FOLDER
+--run-dir NEW --seed OTHER. Its samples, curriculum and warm-up begin at 0; with the seed of the run that the weights
+come from it would see the same images in the same order again.
 """
 
 from __future__ import annotations

@@ -2,6 +2,10 @@
 
 Settings come from --config FILE (YAML, one section per group below) and from flags, which win. Several ranks:
 torchrun --nproc-per-node N tools/train.py ..., or a script of examples/slurm.
+
+A run goes on from its newest checkpoint. To let it go on from an earlier one, give the same command once with
+--set-latest STEP, then again without, with other settings where you want them: what the run was after STEP is dropped
+as it comes there again (copy the folder to keep it). --init-from starts a new run, at sample 0, from weights.
 """
 
 from __future__ import annotations
@@ -24,9 +28,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--explain-mesh", metavar="RANKS", type=int, nargs="?", const=0,
         help="print which ranks hold which experts and who talks to whom, then stop (default: this launch's ranks)",
     )  # fmt: skip
+    parser.add_argument(
+        "--set-latest", metavar="STEP", type=int,
+        help="let the run go on from its checkpoint of this step when it is started the next time, then stop",
+    )  # fmt: skip
     run, args = parse_run(argv, parser)
     if args.explain_mesh is not None:
         explain(run, args)
+        return
+    if args.set_latest is not None:
+        set_latest(run, args)
         return
     rank = int(os.environ.get("RANK", "0"))
     console = logging.StreamHandler()
@@ -53,6 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "skipped": state.skipped,
                 }
             )
+
+
+def set_latest(run: RunConfig, args: argparse.Namespace) -> None:
+    """Choose the checkpoint that the next start resumes from; of several ranks the first does it."""
+    from megatron_nucleus.training.checkpointing.step_folders import choose_latest
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    step = choose_latest(run.training.run_dir, args.set_latest)
+    print(f"{step}: the same command without --set-latest goes on from here")
+    if args.json:
+        cli.print_json({"latest": str(step)})
 
 
 def explain(run: RunConfig, args: argparse.Namespace) -> None:

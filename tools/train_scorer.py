@@ -121,7 +121,8 @@ def read_ratings(path: Path, root: Path) -> list[Rated]:
                     raise ConfigError(
                         f"--ratings {path}: no column {column}; found {', '.join(reader.fieldnames or ()) or 'none'}"
                     )
-            rows = [_rated(path, reader.line_num, line, root) for line in reader]
+            width = len(reader.fieldnames or ())
+            rows = [_rated(path, reader.line_num, line, root, width) for line in reader]
     except OSError as error:
         raise ConfigError(f"--ratings {path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
@@ -142,8 +143,14 @@ def read_ratings(path: Path, root: Path) -> list[Rated]:
     return rows
 
 
-def _rated(path: Path, number: int, line: dict, root: Path) -> Rated:
+def _rated(path: Path, number: int, line: dict, root: Path, width: int) -> Rated:
+    """width: fields of the header; those beyond it are under the key None of `csv.DictReader`."""
     where = f"{path}, line {number}"
+    if None in line:
+        raise DataError(
+            f"{where}: {width + len(line[None])} fields, the header has {width}; write decimals with a point, "
+            "and a field with a comma in quotes"
+        )
     name, text = line["file"], line["rating"]
     if not name or text is None:
         raise DataError(f"{where}: file or rating is empty")

@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_nucleus.utils import rng
 from megatron_nucleus.utils.config import knob
 
+_LARGEST_EXPONENT = 700.0  # exp of 710 overflows; sigma is 0 to fp64 long before
+
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
@@ -49,7 +51,8 @@ def sample_sigma(config: FlowConfig, seed: int, draws: tuple[int, ...], tokens: 
         if rng.uniform(seed, draw, "sigma-mixture") < config.sigma_uniform_frac:
             out[i] = rng.uniform(seed, draw, "sigma-uniform")
         else:
-            out[i] = 1.0 / (1.0 + math.exp(-(mean + config.sigma_std * float(normal[i]))))
+            logit = mean + config.sigma_std * float(normal[i])
+            out[i] = 1.0 / (1.0 + math.exp(min(-logit, _LARGEST_EXPONENT)))
     return out.clamp_(1e-6, 1.0 - 1e-6).float()
 
 

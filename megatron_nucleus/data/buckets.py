@@ -52,7 +52,7 @@ def kept_frac(width_px: int, height_px: int, bucket: str) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def size(bucket: str, base_px: int, multiple_px: int) -> tuple[int, int]:
+def size(bucket: str, base_px: int, multiple_px: int, named: str = "resolution_px") -> tuple[int, int]:
     """(width, height) in px of a bucket in the class ``base_px``, both multiples of ``multiple_px``.
 
     Of all pairs of multiples the one that minimises |log(ratio error)| + |log(area / base_px^2)| / 2: the
@@ -62,6 +62,7 @@ def size(bucket: str, base_px: int, multiple_px: int) -> tuple[int, int]:
 
     Args:
         multiple_px: codec stride x patch size.
+        named: setting that ``base_px`` comes from, for the message.
 
     Raises:
         ConfigError: unknown bucket, or a resolution that is no positive multiple of ``multiple_px``.
@@ -72,7 +73,7 @@ def size(bucket: str, base_px: int, multiple_px: int) -> tuple[int, int]:
         )
     if base_px <= 0 or multiple_px <= 0 or base_px % multiple_px:
         raise ConfigError(
-            f"resolution_px {base_px} is not a positive multiple of {multiple_px} (codec stride x patch "
+            f"{named} {base_px} is not a positive multiple of {multiple_px} (codec stride x patch "
             f"size); use {max(1, round(base_px / max(multiple_px, 1))) * max(multiple_px, 1)}"
         )
     aspect = ratio(bucket)

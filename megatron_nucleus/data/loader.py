@@ -29,8 +29,8 @@ from megatron_nucleus.data import decoders
 from megatron_nucleus.data.ahead import Ahead
 from megatron_nucleus.data.batching import batch_samples, bucket_sizes
 from megatron_nucleus.data.curriculum import CAPTION_CLASSES, CurriculumConfig
-from megatron_nucleus.data.dataset import Cell, Corpus
-from megatron_nucleus.data.mixture import CaptionCurve, CaptionMix, Mixture
+from megatron_nucleus.data.dataset import Corpus
+from megatron_nucleus.data.mixture import CaptionCurve, CaptionMix, Mixture, corpus_mixture
 from megatron_nucleus.data.planner import Planner, StepPlan
 from megatron_nucleus.data.samples import DROPPED, Job, Made, SampleMaker
 from megatron_nucleus.types import RawBatch
@@ -72,11 +72,12 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        weights = self.caption_weights()
-        if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
-            raise ConfigError(
-                f"caption weights {weights}: all must be finite and 0 or more, and their sum above 0"
-            )
+        keys = {f"data.caption_{name}_weight": weight for name, weight in self.caption_weights().items()}
+        for key, weight in keys.items():
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"{key} {weight}: must be finite and 0 or more")
+        if not any(keys.values()):
+            raise ConfigError(f"{', '.join(keys)}: all are 0; at least one must be above 0")
         if not 0 <= self.caption_drop_frac <= 1:
             raise ConfigError(f"caption_drop_frac {self.caption_drop_frac}: between 0 and 1")
         if self.bucket_batch_multiple is not None and self.bucket_batch_multiple < 1:
@@ -106,7 +107,7 @@ class Loader:
     """Endless iterator of `RawBatch`, one per micro-batch; see `build_loader`.
 
     Attributes:
-        substituted: unreadable samples replaced so far. planner: what decides the draws.
+        substituted: unreadable samples of this rank replaced so far. planner: what decides the draws.
     """
 
     def __init__(self, jobs: Iterator[Job], maker: SampleMaker, config: DataConfig, planner: Planner):
@@ -234,17 +235,14 @@ def build_loader(
     """
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is outside 0..{world - 1}")
-    if accumulation < 1:
-        raise ConfigError(f"accumulation {accumulation}: at least 1 micro-batch per step")
-    _check_divides(config, global_batch_size, accumulation, world)
-    mixture = None
-    if curriculum.phases is not None:
-        mixture = Mixture(curriculum, _relative_cells(corpus), f"the data set {corpus.root}")
+    mixture = check_draws(config, corpus, curriculum, global_batch_size, accumulation, world)
     drawn = batch_samples(
         corpus, config.resolution_px, multiple_px, global_batch_size, config.bucket_batch_multiple
     )
     planner = Planner(corpus.buckets, seed, drawn, mixture)
     _warn_of_small_buckets(corpus, drawn)
+    if mixture is not None:
+        mixture.warn()
     sizes = {}
     if corpus.encoded is None:
         found = bucket_sizes(corpus, config.resolution_px, multiple_px)
@@ -258,6 +256,28 @@ def build_loader(
     jobs = _jobs(planner, captions, corpus.start, (rank, world, accumulation), first_step, start_samples)
     maker = SampleMaker(corpus, seed, sizes, decoder)
     return Loader(jobs, maker, config, planner)
+
+
+def check_draws(
+    config: DataConfig,
+    corpus: Corpus,
+    curriculum: CurriculumConfig,
+    global_batch_size: int,
+    accumulation: int,
+    world: int,
+) -> Mixture | None:
+    """Refuse draws that `build_loader` would refuse, but for the resolution; needs neither model nor encoders.
+
+    Returns:
+        the curriculum on this corpus; None without one.
+
+    Raises:
+        ConfigError: batch sizes that do not divide, a curriculum that the data cannot follow.
+    """
+    if accumulation < 1:
+        raise ConfigError(f"accumulation {accumulation}: at least 1 micro-batch per step")
+    _check_divides(config, global_batch_size, accumulation, world)
+    return corpus_mixture(curriculum, corpus)
 
 
 def _check_divides(config: DataConfig, global_batch_size: int, accumulation: int, world: int) -> None:
@@ -282,17 +302,6 @@ def _warn_of_small_buckets(corpus: Corpus, drawn: dict[str, int]) -> None:
                 "bucket %s has %d images, fewer than a global batch of %d: images repeat within a batch",
                 *(bucket, count, drawn[bucket]),
             )
-
-
-def _relative_cells(corpus: Corpus) -> dict[str, dict[Cell, range]]:
-    """Rows of every cell counted from the start of its bucket."""
-    return {
-        bucket: {
-            cell: range(rows.start - corpus.start[bucket], rows.stop - corpus.start[bucket])
-            for cell, rows in cells.items()
-        }
-        for bucket, cells in corpus.cells.items()
-    }
 
 
 def _jobs(

@@ -4,7 +4,8 @@
     report.html   report_funnel.png   stages/ (what every stage of curation measured)
 
 While a folder is being made it holds ``.building.json`` with the settings instead; the program that wrote it
-may go on, any other refuses the folder.
+may go on, any other refuses the folder. Beside a manifest that file says that an update was begun: the data set is
+whole and in use until the manifest goes, which is when the first of its files is about to change.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +29,26 @@ MANIFEST = "manifest.json"
 MARKER = ".building.json"
 
 
-def claim_output(folder: str | Path, tool: str, settings: dict) -> str:
-    """Take ``folder`` for the output of ``tool``; returns ``new``, ``resume`` or ``complete``.
+def claim_output(folder: str | Path, tool: str, settings: dict, *, update: bool | None = None) -> str:
+    """Take ``folder`` for the output of ``tool``; returns ``new``, ``resume``, ``complete`` or ``outdated``.
 
-    settings: everything that decides the content, as JSON values. A finished folder made with other settings,
-    or one that holds anything else, is refused. Of an unfinished folder the caller reuses what still fits.
+    settings: everything that decides the content, as JSON values. Of an unfinished folder the caller reuses what
+    still fits. update: whether a finished folder made with other settings, or one whose update was stopped, is taken
+    as ``outdated`` (nothing in it is changed here: see `begin_update`); None: the program has no such mode.
 
     Raises:
-        ConfigError: the folder is in use for something else, with what differs, or cannot be written.
+        ConfigError: the folder is in use for something else, or finished and made with other settings, with what
+            differs; or it cannot be written.
         DataError: the disk is full.
     """
     with explain_writing(folder, "nothing in it was changed"):
-        return _claim(Path(folder), tool, settings)
+        return _claim(Path(folder), tool, settings, update)
 
 
-def _claim(folder: Path, tool: str, settings: dict) -> str:
-    wanted = json.loads(json.dumps({"tool": tool, **settings}))
+def _claim(folder: Path, tool: str, settings: dict, update: bool | None) -> str:
+    wanted = _plain(tool, settings)
     if (folder / MANIFEST).is_file():
-        found = _read_json(folder / MANIFEST).get("settings")
-        if found == wanted:
-            return "complete"
-        raise ConfigError(
-            f"--output {folder}: holds a finished data set made differently ({_difference(found, wanted)}); "
-            "choose another folder or remove this one"
-        )
+        return _claim_finished(folder, wanted, update)
     check_writable(folder)
     if (folder / MARKER).is_file():
         found = _read_json(folder / MARKER)
@@ -68,6 +66,27 @@ def _claim(folder: Path, tool: str, settings: dict) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / MARKER, wanted)
     return "new"
+
+
+def _claim_finished(folder: Path, wanted: dict, update: bool | None) -> str:
+    found = _read_json(folder / MANIFEST).get("settings")
+    own = isinstance(found, dict) and found.get("tool") == wanted["tool"]
+    if update and own:
+        check_writable(folder)
+        return "outdated" if found != wanted or (folder / MARKER).is_file() else "complete"
+    if found == wanted:
+        return "complete"
+    fix = "choose another folder or remove this one"
+    if update is False and own:
+        fix = f"--update makes again what this changes and keeps the rest; or {fix}"
+    raise ConfigError(
+        f"--output {folder}: holds a finished data set made differently ({_difference(found, wanted)}); {fix}"
+    )
+
+
+def _plain(tool: str, settings: dict) -> dict:
+    """Settings as they come back from JSON."""
+    return json.loads(json.dumps({"tool": tool, **settings}))
 
 
 def check_files(folder: Path, manifest: dict) -> None:
@@ -92,18 +111,34 @@ def check_files(folder: Path, manifest: dict) -> None:
             )
 
 
-def reopen(folder: str | Path, tool: str, settings: dict) -> None:
-    """Make a finished folder an unfinished one of the same settings, so that parts of it can be made again."""
-    folder = Path(folder)
-    write_json_atomic(folder / MARKER, json.loads(json.dumps({"tool": tool, **settings})))
-    (folder / MANIFEST).unlink()
+def begin_update(folder: str | Path, tool: str, settings: dict) -> None:
+    """Note in a finished folder that it is being made again with ``settings``; its manifest stands, and it is whole."""
+    write_json_atomic(Path(folder) / MARKER, _plain(tool, settings))
+
+
+def withdraw(folder: str | Path) -> None:
+    """Make a finished folder, whose update has begun, an unfinished one: before the first of its files changes."""
+    (Path(folder) / MANIFEST).unlink(missing_ok=True)
 
 
 def _difference(found: Any, wanted: dict) -> str:
     if not isinstance(found, dict):
         return "its settings are unreadable"
-    keys = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-    return ", ".join(f"{k}: {_short(found.get(k))} there, {_short(wanted.get(k))} here" for k in keys[:3])
+    every = list(_differences("", found, wanted))
+    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
+    return ", ".join(every[:3]) + more
+
+
+def _differences(name: str, found: Any, wanted: Any) -> Iterator[str]:
+    """``name: old there, new here`` of all values that differ, such as ``recipe[4].settings.near_max_bits``."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            yield from _differences(f"{name}.{key}" if name else key, found.get(key), wanted.get(key))
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for number, pair in enumerate(zip(found, wanted, strict=True)):
+            yield from _differences(f"{name}[{number}]", *pair)
+    elif found != wanted:
+        yield f"{name}: {_short(found)} there, {_short(wanted)} here"
 
 
 def _short(value: Any) -> str:
@@ -151,7 +186,7 @@ def write_manifest(
         "counts": counts,
         "merged_buckets": merged_buckets or {},
         "encoded": encoded,
-        "settings": json.loads(json.dumps({"tool": tool, **settings})),
+        "settings": _plain(tool, settings),
         **(extra or {}),
     }
     write_json_atomic(folder / MANIFEST, manifest)
@@ -163,18 +198,21 @@ def read_manifest(folder: str | Path) -> tuple[dict, str]:
     """The manifest and the hex sha256 of its bytes.
 
     Raises:
-        ConfigError: no such folder, or nothing there that a data set would have.
+        ConfigError: no such folder, a file, or nothing there that a data set would have.
         DataError: an unfinished data set, or a damaged or unknown manifest.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise ConfigError(f"--data-path {folder}: no such folder; give one that tools/curate.py has made")
+        wrong = "a file, not a data set folder" if folder.exists() else "no such folder"
+        raise ConfigError(
+            f"{folder}: {wrong}; give a data set folder that tools/curate.py or tools/encode.py made"
+        )
     if not path.is_file():
         if (folder / MARKER).is_file():
             raise DataError(f"{folder}: unfinished data set; run the command that makes it again")
         raise ConfigError(
-            f"--data-path {folder}: holds no {MANIFEST}; give a folder that tools/curate.py made"
+            f"{folder}: holds no {MANIFEST}; give a data set folder that tools/curate.py or tools/encode.py made"
         )
     manifest = _read_json(path)
     if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_nucleus.data.curriculum import CAPTION_CLASSES, CurriculumConfig, Phase, check_floor
-from megatron_nucleus.data.dataset import Cell
+from megatron_nucleus.data.dataset import Cell, Corpus
 from megatron_nucleus.data.index import EPISODE_BUCKETS, TIERS
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -100,7 +100,10 @@ class Mixture:
             )
             for bucket, rows in self.cells.items()
         }
-        self._check_buckets(label, where, cells)
+        self._unscored = {
+            bucket: sum(len(r) for cell, r in rows.items() if None in cell) for bucket, rows in cells.items()
+        }
+        self._check_buckets(label, where)
 
     def shares(self, samples_V: np.ndarray) -> np.ndarray:
         """Shares of all cells (tier-major) after the floor, float64 [cells, V], for V numbers of images seen."""
@@ -120,8 +123,25 @@ class Mixture:
         own_CV = self.shares(samples_V)[self._picked[bucket]]
         return own_CV / sum(own_CV)
 
-    def _check_buckets(self, label: str, where: str, cells: Mapping[str, Mapping[Cell, range]]) -> None:
-        """Every bucket must draw something at every keyframe (then also between them); say what moves."""
+    def warn(self) -> None:
+        """Log what the corpus lacks: shares that go to other cells, and images that are never drawn."""
+        keyframes_CP = self.shares(self._at)
+        for bucket, picked in self._picked.items():
+            missing = np.setdiff1d(np.flatnonzero(keyframes_CP.any(axis=1)), picked)
+            if len(missing):
+                log.warning(
+                    "bucket %s has no images of %s: their share, up to %.1f %%, goes to its other cells",
+                    *(bucket, ", ".join(cell_name(_cell(c)) for c in missing)),
+                    100 * keyframes_CP[missing].sum(axis=0).max(),
+                )
+            if self._unscored[bucket]:
+                log.warning(
+                    "bucket %s: %d images have no tier or no episode bucket; the curriculum never draws them",
+                    *(bucket, self._unscored[bucket]),
+                )
+
+    def _check_buckets(self, label: str, where: str) -> None:
+        """Every bucket must draw something at every keyframe (then also between them)."""
         keyframes_CP = self.shares(self._at)
         for bucket, picked in self._picked.items():
             for phase, drawn in enumerate(keyframes_CP[picked].sum(axis=0)):
@@ -132,19 +152,20 @@ class Mixture:
                         "give one of these cells a weight, or curate with a larger --min-bucket-images, so that "
                         "small buckets join others"
                     )
-            missing = np.setdiff1d(np.flatnonzero(keyframes_CP.any(axis=1)), picked)
-            if len(missing):
-                log.warning(
-                    "bucket %s has no images of %s: their share, up to %.1f %%, goes to its other cells",
-                    *(bucket, ", ".join(cell_name(_cell(c)) for c in missing)),
-                    100 * keyframes_CP[missing].sum(axis=0).max(),
-                )
-            unscored = sum(len(rows) for cell, rows in cells[bucket].items() if None in cell)
-            if unscored:
-                log.warning(
-                    "bucket %s: %d images have no tier or no episode bucket; the curriculum never draws them",
-                    *(bucket, unscored),
-                )
+
+
+def corpus_mixture(curriculum: CurriculumConfig, corpus: Corpus) -> Mixture | None:
+    """The curriculum on a data set, None without phases; ConfigError as `Mixture`."""
+    if curriculum.phases is None:
+        return None
+    relative = {
+        bucket: {
+            cell: range(rows.start - corpus.start[bucket], rows.stop - corpus.start[bucket])
+            for cell, rows in of_bucket.items()
+        }
+        for bucket, of_bucket in corpus.cells.items()
+    }
+    return Mixture(curriculum, relative, f"the data set {corpus.root}")
 
 
 def cell_name(cell: Cell) -> str:

@@ -100,11 +100,12 @@ class SampleMaker(Dataset):
                 sample = read(row)
                 pick = rng.key64(self.seed, draw, "caption")
                 choice = choose_caption(sample.captions, job.captions, mark, pick)
+                name = DROPPED if choice is None else _known_class(sample.captions[choice])
                 loaded = load_sample(sample, choice, self.sizes.get(job.bucket), self.empty_text)
             except (DataError, images.UnusableImage) as error:
                 problems.append(f"{self.corpus.id(row)} ({' '.join(str(error).split())})")
             else:
-                captions[DROPPED if choice is None else sample.captions[choice].length_class] += 1
+                captions[name] += 1
                 return loaded
             rows = self._alternatives(job, job.rows[i], attempt)
             row = rows[rng.key64(self.seed, draw, f"substitute:{attempt}") % len(rows)]
@@ -142,20 +143,50 @@ def load_samples(
             f"{len(rows)} rows of buckets {sorted(names)} with {len(draws)} draws: one bucket, one draw each"
         )
     (bucket,) = names
-    encoded = corpus.encoded is not None
-    size = None if encoded else buckets.size(bucket, resolution_px, multiple_px)
-    empty_text = corpus.empty_text() if encoded else None
-    items = []
+    size, empty_text = _fixed_form(corpus, bucket, resolution_px, multiple_px)
+    with images.quiet_decoding():
+        items = [_load_fixed(corpus, row, size, empty_text) for row in rows]
+    return _collate(bucket, tuple(draws), len(rows), items)
+
+
+def find_unreadable(
+    corpus: Corpus, rows: Sequence[int], resolution_px: int, multiple_px: int = 16
+) -> dict[str, str]:
+    """Content id -> message of the rows, of any buckets, that `load_samples` would refuse with a DataError.
+
+    Each is read and decoded once, alone, so memory is that of one image. Of stored features the container and the
+    tensors of the caption are read; whether the values are right is not known here.
+    """
+    forms = {
+        b: _fixed_form(corpus, b, resolution_px, multiple_px) for b in sorted(set(map(corpus.bucket, rows)))
+    }
+    found = {}
     with images.quiet_decoding():
         for row in rows:
-            sample = corpus.read(row)
             try:
-                items.append(load_sample(sample, _fixed_caption(sample.captions), size, empty_text))
-            except (DataError, images.UnusableImage) as error:
-                raise DataError(
-                    f"{corpus.root}: sample {sample.id}: {error}; copy the data set again"
-                ) from error
-    return _collate(bucket, tuple(draws), len(rows), items)
+                _load_fixed(corpus, row, *forms[corpus.bucket(row)])
+            except DataError as error:
+                found[corpus.id(row)] = str(error)
+    return found
+
+
+def _fixed_form(
+    corpus: Corpus, bucket: str, resolution_px: int, multiple_px: int
+) -> tuple[tuple[int, int] | None, torch.Tensor | None]:
+    """(width, height) in px of a bucket's images, None for encoded data; features of the empty caption for these."""
+    if corpus.encoded is None:
+        return buckets.size(bucket, resolution_px, multiple_px), None
+    return None, corpus.empty_text()
+
+
+def _load_fixed(
+    corpus: Corpus, row: int, size: tuple[int, int] | None, empty_text: torch.Tensor | None
+) -> tuple:
+    sample = corpus.read(row)
+    try:
+        return load_sample(sample, _fixed_caption(sample.captions), size, empty_text)
+    except (DataError, images.UnusableImage) as error:
+        raise DataError(f"{corpus.root}: sample {sample.id}: {error}; copy the data set again") from error
 
 
 def load_sample(
@@ -205,6 +236,15 @@ def choose_caption(captions: tuple[Caption, ...], mix: CaptionMix, mark: float, 
             if target < 0:
                 break
     return members[pick % len(members)]
+
+
+def _known_class(caption: Caption) -> str:
+    """Its length class. Ranks add their counts up class by class, so an unknown one may not come in unseen."""
+    if caption.length_class not in CAPTION_CLASSES:
+        raise DataError(
+            f"a caption of length_class {caption.length_class!r}, none of {', '.join(CAPTION_CLASSES)}"
+        )
+    return caption.length_class
 
 
 def _fixed_caption(captions: tuple[Caption, ...]) -> int | None:

@@ -6,6 +6,7 @@ on encoded data alike; the latter holds no pictures.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from megatron_nucleus.data.manifest import read_manifest
 from megatron_nucleus.data.shards import BLOCK_BYTES, ShardReader
 from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
 from megatron_nucleus.utils.files import sha256_file
+from megatron_nucleus.utils.staging import check_writable
 
 _ROWS_AT_ONCE = 16_384
 _COUNTED = ("aspect_bucket", "tier", "episode_bucket", "licence", "source")
@@ -186,47 +188,48 @@ class DataSet:
             raise DataError(f"{self.root}: {', '.join(damaged[:_NAMED_AT_MOST])}{more}; copy these again")
         return done
 
-    def by_id(self, prefix: str, limit: int) -> tuple[list[dict[str, Any]], int]:
-        """Rows whose id begins with ``prefix``, in the order of the index: at most ``limit``, and how many there are.
+    def by_id(self, wanted: str, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """Rows whose id begins with ``wanted``, in any case, or whose place in the input ends with it (`_named`), in
+        the order of the index: at most ``limit``, and how many there are.
 
         Raises:
-            ConfigError: none, with the id that is nearest; no prefix.
+            ConfigError: an empty text.
         """
-        wanted = prefix.strip().lower()
-        if not wanted:
-            raise ConfigError("--id: give the beginning of an id")
-        rows, number, closest = [], 0, _Closest(wanted)
+        _check_wanted(wanted)
+        rows, number = [], 0
         for batch in self.batches():
-            chosen = pc.starts_with(batch["id"], wanted)
-            hits = pc.sum(chosen).as_py() or 0
+            chosen = _named(batch["id"], batch["source_id"], wanted)
+            number += (hits := pc.sum(chosen).as_py() or 0)
             if hits:
                 rows += batch.filter(chosen).slice(0, max(limit - len(rows), 0)).to_pylist()
-                number += hits
-            elif not number:
-                closest.add(batch["id"].to_pylist())
-        if not number:
-            guess = f"; the nearest is {closest.best}" if closest.best else ""
-            raise ConfigError(f"--id {prefix}: no sample of {self.root} has an id that begins so{guess}")
         return rows, number
 
-    def not_kept(self, prefix: str, limit: int) -> list[dict[str, Any]]:
-        """Rows of the quarantine whose content has a SHA-256 that begins with ``prefix``, at most ``limit``."""
-        rows: list[dict[str, Any]] = []
+    def not_kept(self, wanted: str, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """Rows of the quarantine, chosen and counted as by `by_id`."""
+        _check_wanted(wanted)
+        rows, number = [], 0
         for path in sorted((self.root / "quarantine").glob("*.parquet")):
-            if len(rows) >= limit:
-                break
-            for row in index.iter_rows(path, index.QUARANTINE_SCHEMA):
-                if (row["sha256"] or "").startswith(prefix.strip().lower()):
-                    rows.append(row)
-        return rows[:limit]
+            for batch in index.iter_batches(path, index.QUARANTINE_SCHEMA, _ROWS_AT_ONCE):
+                chosen = _named(batch["sha256"], batch["item"], wanted)
+                number += (hits := pc.sum(chosen).as_py() or 0)
+                if hits:
+                    rows += batch.filter(chosen).slice(0, max(limit - len(rows), 0)).to_pylist()
+        return rows, number
+
+    def nearest_id(self, wanted: str) -> str:
+        """The id of the index that shares the longest beginning with ``wanted``; empty where none shares any."""
+        closest = _Closest(wanted.strip().lower())
+        for batch in self.batches(["id"]):
+            closest.add(batch["id"].to_pylist())
+        return closest.best
 
     def by_text(self, words: Sequence[str], limit: int) -> tuple[list[dict[str, Any]], int]:
         """Rows of which one caption has all the words, in any case and order: at most ``limit``, and how many in all.
 
         A word is any part of the text.
         """
-        if not all(word.strip() for word in words):
-            raise ConfigError("--text: an empty word is in every caption")
+        if not words or not all(word.strip() for word in words):
+            raise ConfigError("--text: no word, which is in every caption; give one or more")
         rows, number = [], 0
         for batch in self.batches():
             texts = pc.list_flatten(batch["captions"]).field("text")
@@ -314,8 +317,9 @@ def extract(sample: Sample, folder: Path) -> list[Path]:
     """Write the original bytes under the name they have in the shard, and ``<id>.json`` where there is one.
 
     Raises:
-        ConfigError: a file of that name with other content is there.
+        ConfigError: ``folder`` is a file or cannot be written, or a file of that name with other content is there.
     """
+    check_writable(folder, "--extract")
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / sample.name: sample.payload}
     if sample.info:
@@ -337,8 +341,26 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _check_wanted(wanted: str) -> None:
+    if not wanted.strip():
+        raise ConfigError("--id: give the beginning of an id, or a file's name or path in the input")
+
+
+def _named(ids: pa.Array, places: pa.Array, wanted: str) -> pa.Array:
+    """bool, no nulls: the id begins with ``wanted``, in any case, or the place is ``wanted`` or ends with it after a
+    slash (``b.jpg`` is ``a/b.jpg``, and no ``ab.jpg``)."""
+    wanted = wanted.strip()
+    hits = (
+        pc.starts_with(ids, wanted.lower()),
+        pc.equal(places, wanted),
+        pc.ends_with(places, "/" + wanted.lstrip("/")),
+    )
+    first, *others = (pc.fill_null(hit, False) for hit in hits)
+    return functools.reduce(pc.or_, others, first)
+
+
 class _Closest:
-    """The id that shares the longest beginning with what was asked for; of equals the smallest."""
+    """The id that shares the longest beginning with what was asked for, if any does; of equals the smallest."""
 
     def __init__(self, wanted: str):
         self._wanted, self.best, self._shared = wanted, "", 0
@@ -349,7 +371,7 @@ class _Closest:
             shared = next(
                 (at for at, (a, b) in enumerate(pairs) if a != b), min(len(self._wanted), len(name))
             )
-            if not self.best or (-shared, name) < (-self._shared, self.best):
+            if shared and (not self.best or (-shared, name) < (-self._shared, self.best)):
                 self.best, self._shared = name, shared
 
 

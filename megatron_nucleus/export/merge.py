@@ -2,6 +2,12 @@
 
 Source: arXiv 2507.17634; Nucleus-Image releases the average of its last 16 checkpoints with inverse-square-root
 weights (its release blog). The weights, and the decay that each choice imitates: `merge_weights.py`.
+
+All checkpoints of a window are of one run: of one seed, one data set and one start, none of which a run can change.
+What it can change when it goes on (learning rate, losses, batch, curriculum, code) may differ within the window. Two
+runs are refused even where their shapes fit: where no steps lead from one to the other the average imitates no
+decay, and of two initialisations it is noise. A run that started from another one's weights, on other data say, is a
+run of its own: its window begins after its start.
 """
 
 from __future__ import annotations
@@ -123,7 +129,7 @@ def merge(
 
     Raises:
         ConfigError: see `merge_weights` and `select_checkpoints`; output not empty or not writable.
-        DataError: a damaged input, inputs of different models or encoders, a value that is not finite, full disk.
+        DataError: a damaged input, inputs of different models, encoders or runs, a value that is not finite, full disk.
     """
     output = Path(output)
     check_free(output)
@@ -159,6 +165,7 @@ def _write_average(
     """Check that the inputs fit each other, then write; ``merged`` is what state.json says of the average."""
     for other in opened[:-1]:
         _check_same_model(opened[-1], other)
+        _check_same_run(opened[-1][0], other[0])
     description, newest = opened[-1]
     entries = {name: newest.info(name) for name in newest.keys}
     total = sum(info.nbytes for info in entries.values())
@@ -220,3 +227,27 @@ def _check_same_model(
                 f"{b[1].file(name)}: tensor {name} is {b[1].info(name).dtype}, in {a[0].path} it is "
                 f"{a[1].info(name).dtype}; merge checkpoints of one run"
             )
+
+
+def _check_same_run(newest: CheckpointDescription, other: CheckpointDescription) -> None:
+    """What stays as it was for as long as a run goes on: see `restore` and `FROZEN_KEYS` of the training."""
+    ours, theirs = newest.provenance, other.provenance
+    for what, value in (
+        ("seed", lambda stored: stored.get("seed")),
+        ("data set (data.manifest_hash)", lambda stored: (stored.get("data") or {}).get("manifest_hash")),
+        ("start (started_from)", lambda stored: stored.get("started_from")),
+    ):
+        if value(ours) != value(theirs):
+            raise DataError(
+                f"{other.path / 'state.json'}: of another run than {newest.path}: its {what} is "
+                f"{_short(value(theirs))}, there {_short(value(ours))}; merge checkpoints of one run (--steps names "
+                "them)"
+            )
+
+
+def _short(value: object) -> str:
+    """A value of state.json for a message; of a start what tells it from another one."""
+    if not isinstance(value, dict):
+        return str(value)
+    known = {key: value.get(key) for key in ("path", "step", "manifest_sha256", "optimizer")}
+    return ", ".join(f"{key} {text}" for key, text in known.items())

@@ -172,7 +172,7 @@ def check(run: RunConfig) -> None:
         )
     if not 0 <= run.flow.sigma_uniform_frac <= 1:
         raise ConfigError(f"--sigma-uniform-frac {run.flow.sigma_uniform_frac}: must lie in [0, 1]")
-    if run.flow.sigma_std <= 0:
+    if not run.flow.sigma_std > 0:
         raise ConfigError(f"--sigma-std {run.flow.sigma_std}: must be positive")
     if run.flow.sigma_tokens_low == run.flow.sigma_tokens_high:
         raise ConfigError(f"--sigma-tokens-low and --sigma-tokens-high are both {run.flow.sigma_tokens_low}")

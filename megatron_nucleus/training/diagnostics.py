@@ -1,4 +1,4 @@
-"""Figures of the training steps beside their losses: the loss by noise level, and what the routers do.
+"""Figures of the training steps beside their losses: by noise level, of the routers, of what was drawn.
 
 They gather on the device and are read at the log interval, never in between.
 """
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.moe.stats import RoutingMeter, RoutingReport
+from megatron_nucleus.data.loader import Loader
 from megatron_nucleus.training.metrics import MetricsWriter
 from megatron_nucleus.training.sigma_curve import SigmaCurve
 from megatron_nucleus.types import Routing
 
 
 class Diagnostics:
-    """One per rank; all ranks call `row` together.
+    """One per rank; all ranks call `row` and `drawn` together.
 
     Args:
         routing_interval: steps between two looks at the routings; 0 = never.
@@ -66,6 +67,18 @@ class Diagnostics:
             self.routing.reset()
             out["routing"] = self._report.scalars()
         return out
+
+    def drawn(self, loader: Loader) -> dict:
+        """Entries of a metrics row about what was drawn, over all ranks. One all-reduce of 8 bytes a count.
+
+        ``substituted``: unreadable samples replaced since this start of the program. ``mixture``: see
+        `Loader.take_mixture`, the captions of all ranks.
+        """
+        mixture = loader.take_mixture()
+        counts = {"substituted": loader.substituted, **mixture["captions"]}
+        total = self._sum(torch.tensor(list(counts.values()), dtype=torch.int64)).tolist()
+        counts = dict(zip(counts, total, strict=True))
+        return {"substituted": counts.pop("substituted"), "mixture": {**mixture, "captions": counts}}
 
     def histograms(self, writer: MetricsWriter, step: int) -> None:
         """TensorBoard histograms of the routings that the last `row` told of, one per layer.

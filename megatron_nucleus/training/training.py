@@ -25,7 +25,7 @@ from megatron_nucleus.core.parallel_state import ParallelState
 from megatron_nucleus.core.parallelize import expert_bytes_exchanged
 from megatron_nucleus.data.dataset import Corpus, open_corpus
 from megatron_nucleus.data.features import FeatureExtractor
-from megatron_nucleus.data.loader import Loader, build_loader
+from megatron_nucleus.data.loader import Loader, build_loader, check_draws
 from megatron_nucleus.inference.pipeline import Pipeline
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig, batch_split
@@ -37,6 +37,7 @@ from megatron_nucleus.training.initialize import (
     build_encoders,
     build_model,
     initialize,
+    run_shape,
 )
 from megatron_nucleus.training.losses import check_losses
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
@@ -44,8 +45,8 @@ from megatron_nucleus.training.previews import check_previews, draw_previews, dr
 from megatron_nucleus.training.run_folder import (
     log_to_folder,
     open_run_folder,
+    record_start,
     save_bucket_report,
-    save_config,
 )
 from megatron_nucleus.training.run_state import (
     check_sampling,
@@ -61,7 +62,7 @@ from megatron_nucleus.training.validation import Validator
 from megatron_nucleus.training.warm_start import start_from
 from megatron_nucleus.training.watchdog.watchdog import Watchdog, watch_ranks
 from megatron_nucleus.types import Batch, RawBatch, TrainState
-from megatron_nucleus.utils.errors import StoppedError
+from megatron_nucleus.utils.errors import DataError, StoppedError
 from megatron_nucleus.utils.memory import peak_memory_bytes
 
 log = logging.getLogger(__name__)
@@ -94,12 +95,22 @@ def train(run: RunConfig) -> TrainResult:
         open_run_folder(run, parallel),
     ):
         watch.at(0, "start-up", LONG_PHASE_S)
+        # What the data may refuse comes before the model takes its memory, and before the folder says anything.
         corpus = open_corpus(run.data.data_path, run.validation.valid_samples)
+        micro_batches = batch_split(run, parallel.world)[1]
+        check_draws(
+            run.data, corpus, run.curriculum, run.training.global_batch_size, micro_batches, parallel.world
+        )
         encoders = build_encoders(run, corpus, parallel.device)
+        shape = run_shape(run, encoders.text_dim)
+        check_losses(run.losses, shape.patch_size)
+        extractor = FeatureExtractor(encoders.codec, encoders.text_encoder, shape.patch_size, parallel.device)
+        check_tokens(run, shape, corpus, extractor.multiple_px)
+        check_sampling(run, shape, encoders)
+        validator = build_validator(run, corpus, extractor, parallel)
+        if validator:
+            validator.check()
         model = build_model(run, parallel, encoders)
-        check_losses(run.losses, model.shape.patch_size)
-        if encoders.stride_px is not None:
-            check_tokens(run, model.shape, corpus, encoders.stride_px * model.shape.patch_size)
         pipeline = build_previews(run, model, encoders)
         state = TrainState(model, build_optimizer(model, run.optimizer))
         with Checkpointer(
@@ -110,11 +121,10 @@ def train(run: RunConfig) -> TrainResult:
             asynchronous=run.training.async_save,
         ) as saver:
             started_from = _begin(state, saver, run, corpus, encoders, parallel)
-            on_first_rank(lambda: save_config(run, corpus.manifest_hash, started_from), parallel.control)
             if state.step == run.training.train_steps:
                 return TrainResult(state, _recorded_loss(run, state, parallel))
-            extractor = FeatureExtractor(
-                encoders.codec, encoders.text_encoder, model.shape.patch_size, parallel.device
+            on_first_rank(
+                lambda: record_start(run, state, corpus.manifest_hash, started_from), parallel.control
             )
             extra = checkpoint_extra(run, model.shape, encoders, corpus) | {"started_from": started_from}
             with log_to_folder(run, parallel), _open_metrics(run, state, parallel) as writer:
@@ -122,7 +132,7 @@ def train(run: RunConfig) -> TrainResult:
                     on_first_rank(
                         lambda: save_bucket_report(run, corpus, extractor.multiple_px), parallel.control
                     )
-                loop = Loop(run, state, saver, extractor, pipeline, writer, extra, parallel, watch)
+                loop = Loop(run, state, saver, extractor, validator, pipeline, writer, extra, parallel, watch)
                 return TrainResult(state, loop.run_to_end(corpus))
 
 
@@ -155,13 +165,30 @@ def _open_metrics(
 
 
 def build_previews(run: RunConfig, model: NucleusTransformer, encoders: Encoders) -> Pipeline | None:
-    """What draws the preview pictures, None for a run without; settings and prompts are checked here."""
-    check_sampling(run, model.shape, encoders)
+    """What draws the preview pictures, None for a run without; the prompts are checked here."""
     if not run.training.sample_interval:
         return None
     pipeline = Pipeline(model, encoders.codec, encoders.text_encoder, sampling_settings(run))
     check_previews(pipeline, run.training.sample_prompts)
     return pipeline
+
+
+def build_validator(
+    run: RunConfig, corpus: Corpus, extractor: FeatureExtractor, parallel: ParallelState
+) -> Validator | None:
+    """What computes the loss on held-out images; None where none are held out."""
+    if not run.validation.valid_samples:
+        return None
+    return Validator(
+        run.validation,
+        corpus,
+        extractor,
+        resolution_px=run.data.resolution_px,
+        bf16=run.training.bf16,
+        rank=parallel.rank,
+        world=parallel.world,
+        control=parallel.control,
+    )
 
 
 class Loop:
@@ -173,6 +200,7 @@ class Loop:
         state: TrainState,
         saver: Checkpointer,
         extractor: FeatureExtractor,
+        validator: Validator | None,
         pipeline: Pipeline | None,
         writer: MetricsWriter | None,
         extra: dict,
@@ -180,7 +208,7 @@ class Loop:
         watch: Watchdog,
     ):
         self.run, self.state, self.saver, self.extractor = run, state, saver, extractor
-        self.pipeline, self.writer, self.extra = pipeline, writer, extra
+        self.validator, self.pipeline, self.writer, self.extra = validator, pipeline, writer, extra
         self.parallel, self.watch = parallel, watch
         t = run.training
         self.micro_batch_size, self.accumulation = batch_split(run, parallel.world)
@@ -202,7 +230,7 @@ class Loop:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
             disable=self.parallel.rank != 0,
         )  # fmt: skip
-        validator = self.build_validator(corpus)
+        validator = self.validator
         with StopRequest(t.exit_duration_in_mins) as stop, bar, self.open_loader(corpus) as loader:
             timer = StepTimer()
             while state.step < t.train_steps:
@@ -211,15 +239,24 @@ class Loop:
                 timer.add(raw.step_samples, step_flops)
                 bar.update()
                 last = state.step == t.train_steps
-                validation = {}
+                validation, damage = {}, None
                 if validator and (last or self.run.validation.due(before, state.samples_seen)):
                     self.watch.at(state.step, "validation", LONG_PHASE_S)
-                    validation = validator.run(state.model)
-                if validation or last or due(state.step, t.log_interval):
+                    try:
+                        validation = validator.run(state.model)
+                    except DataError as error:  # on all ranks alike; the step in hand is kept
+                        damage = error
+                if validation or damage or last or due(state.step, t.log_interval):
                     self.log(report, raw, lr, timer, loader, bar, validation)
-                if due(state.step, t.save_interval) or report.stopping or last:
+                if due(state.step, t.save_interval) or report.stopping or last or damage:
                     self.watch.at(state.step, "checkpoint", LONG_PHASE_S)
                     self.saver.save(state, self.extra)
+                if damage:
+                    self.saver.wait()
+                    again = f" (--train-steps above {state.step} validates again)" if last else ""
+                    raise DataError(
+                        f"{damage}; step {state.step} is saved, without its validation{again}"
+                    ) from damage
                 if report.stopping and not last:
                     self.saver.wait()
                     raise StoppedError(
@@ -250,22 +287,6 @@ class Loop:
             world=self.parallel.world,
             start_samples=self.state.samples_seen,
             multiple_px=self.extractor.multiple_px,
-        )
-
-    def build_validator(self, corpus: Corpus) -> Validator | None:
-        """What computes the loss on held-out images; None where none are held out."""
-        run, parallel = self.run, self.parallel
-        if not run.validation.valid_samples:
-            return None
-        return Validator(
-            run.validation,
-            corpus,
-            self.extractor,
-            resolution_px=run.data.resolution_px,
-            bf16=run.training.bf16,
-            rank=parallel.rank,
-            world=parallel.world,
-            control=parallel.control,
         )
 
     def train_step(self, loader: Loader, lr: float, stop: StopRequest) -> tuple[StepReport, RawBatch, int]:
@@ -339,8 +360,7 @@ class Loop:
             "bucket": raw.bucket,
             "peak_memory_bytes": peak_memory_bytes(self.parallel.device),
             "timestamp": time.time(),
-            "substituted": loader.substituted,
-            "mixture": loader.take_mixture(),
+            **self.diagnostics.drawn(loader),
             "optimizer_s": self.optimizer_timer.take(),
             "muon_bytes": sum(self.state.optimizer.muon.traffic().values()),
             "router_bytes": orthogonality.traffic() if orthogonality else 0,

@@ -1,7 +1,8 @@
 """A validation loss that can be compared: held-out images, fixed noise, equidistant noise levels.
 
 The figure depends on the weights, the held-out images and nothing else: not on the run's seed, the step, the ranks or
-the batch size (but for rounding). MLPerf's text-to-image benchmark takes the mean over 8 levels, as is the default
+the batch size (but for rounding). An image that cannot be read is never replaced or passed over: the mean would be of
+other images. MLPerf's text-to-image benchmark takes the mean over 8 levels, as is the default
 here.
 """
 
@@ -24,14 +25,16 @@ from megatron_nucleus.core.moe.stats import RoutingMeter
 from megatron_nucleus.data import buckets
 from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.data.features import FeatureExtractor
-from megatron_nucleus.data.samples import load_samples
+from megatron_nucleus.data.samples import find_unreadable, load_samples
+from megatron_nucleus.training.checkpointing.agreement import Ranks
 from megatron_nucleus.training.losses import flow_loss_per_image
-from megatron_nucleus.types import Batch, Routing
+from megatron_nucleus.types import Batch, RawBatch, Routing
 from megatron_nucleus.utils import rng
 from megatron_nucleus.utils.config import knob
-from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.errors import ConfigError, DataError
 
 NOISE_SEED = 0  # the same noise for every run, so that runs with different seeds can be compared
+MOST_NAMED = 20  # ids in one message, which every rank prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,10 @@ class ValidationConfig:
     valid_resolutions_px: tuple[int, ...] = knob(
         (), "more sides of the square bucket to validate at, beside the run's own", unit="px"
     )
+    valid_exclude_ids: tuple[str, ...] = knob(
+        (),
+        "ids of held-out images to measure no loss on, as they are damaged; training does not get them either",
+    )
 
     def __post_init__(self) -> None:
         for name in ("valid_samples", "valid_interval_samples"):
@@ -57,8 +64,11 @@ class ValidationConfig:
         for name in ("valid_sigmas", "valid_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if self.valid_interval_samples and not self.valid_samples:
-            raise ConfigError("--valid-interval-samples: needs --valid-samples, the images to hold out")
+        for name in ("valid_interval_samples", "valid_exclude_ids"):
+            if getattr(self, name) and not self.valid_samples:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: needs --valid-samples, the images to hold out"
+                )
 
     def due(self, before: int, now: int) -> bool:
         """Whether an interval ended between two values of samples seen."""
@@ -84,7 +94,8 @@ class Validator:
         control: gloo group of all ranks, None for one process.
 
     Raises:
-        ConfigError: a resolution that does not fit, or another one than that of stored features.
+        ConfigError: a resolution that does not fit, or another one than that of stored features; ids to leave out
+            that are not held out, or all of them.
     """
 
     def __init__(
@@ -101,8 +112,9 @@ class Validator:
     ):
         self.config, self.corpus, self.extractor = config, corpus, extractor
         self.resolutions = tuple(dict.fromkeys((resolution_px, *config.valid_resolutions_px)))
-        self.bf16, self.control = bf16, control
+        self.bf16, self.ranks = bf16, Ranks(control)
         self.rank, self.world = rank, world
+        self.rows = _measured_rows(corpus, config.valid_exclude_ids)
         if corpus.encoded is None:
             for px in self.resolutions:
                 buckets.size(buckets.BUCKETS[0], px, extractor.multiple_px)
@@ -113,10 +125,37 @@ class Validator:
             )
         self.sigmas = [(i + 0.5) / config.valid_sigmas for i in range(config.valid_sigmas)]
 
+    def check(self) -> None:
+        """Read and decode every image that `run` will, on the rank that will; all ranks call it together.
+
+        For before the first step: damage found at a validation costs the run its time. It takes less than one
+        validation, which decodes the same images on the same ranks, at every resolution, and needs no model.
+
+        Raises:
+            DataError: what cannot be read, the same on all ranks, and how to go on without it.
+        """
+        mine = sorted({row for chunk in self._chunks() for row in chunk.rows})
+        px, multiple_px = self.resolutions[0], self.extractor.multiple_px
+        found = self.ranks.on_all(lambda: find_unreadable(self.corpus, mine, px, multiple_px))
+        damaged = {id: message for part in found for id, message in part.items()}
+        if damaged:
+            ids = " ".join([*self.config.valid_exclude_ids, *list(damaged)[:MOST_NAMED]])
+            more = f" (the first {MOST_NAMED}; then come others)" if len(damaged) > MOST_NAMED else ""
+            raise DataError(
+                f"{len(damaged)} of {len(self.rows)} held-out images cannot be read: {next(iter(damaged.values()))}; "
+                f"where what is lost stays lost, measure the others alone: --valid-exclude-ids {ids}{more}"
+            )
+
     @torch.no_grad()
     def run(self, model: torch.nn.Module) -> dict:
-        """Figures for a row of metrics.jsonl (see `_report`). Bytes: one all-reduce of 8 per image and level."""
-        device, count = self.extractor.device, len(self.corpus.held_out)
+        """Figures for a row of metrics.jsonl (see `_report`).
+
+        Bytes: one all-reduce of 8 per image and level, and one small all-gather per chunk.
+
+        Raises:
+            DataError: an image that one rank cannot read, the same on all ranks.
+        """
+        device, count = self.extractor.device, len(self.rows)
         losses = torch.zeros(len(self.resolutions), count, len(self.sigmas), dtype=torch.float64)
         routing = _RoutingProbe(model.shape, self.sigmas, device)
         was_training = model.training
@@ -135,6 +174,7 @@ class Validator:
     def _chunks(self) -> Iterator[_Chunk]:
         """This rank's passes: the same number of images of the same bucket on every rank, padded by repetition."""
         size = self.config.valid_batch_size
+        place = {row: number for number, row in enumerate(self.rows)}
         for resolution in range(len(self.resolutions)):
             for bucket, rows in self._by_bucket().items():
                 per_rank = min(size, math.ceil(len(rows) / self.world))
@@ -143,22 +183,27 @@ class Validator:
                     places = [i if i < len(rows) else -1 for i in range(low, low + per_rank)]
                     chosen = tuple(rows[i] for i in places)
                     numbers = tuple(
-                        row - self.corpus.held_out.start if i >= 0 else -1
-                        for row, i in zip(chosen, places, strict=True)
+                        place[row] if i >= 0 else -1 for row, i in zip(chosen, places, strict=True)
                     )
                     yield _Chunk(resolution, bucket, chosen, numbers)
 
     def _by_bucket(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for row in self.corpus.held_out:
+        for row in self.rows:
             found.setdefault(self.corpus.bucket(row), []).append(row)
         return found
 
     def _load(self, chunk: _Chunk) -> tuple[Batch, Tensor]:
-        """The images of a chunk, and each one's own noise: a function of its id and size."""
-        px = self.resolutions[chunk.resolution]
-        raw = load_samples(self.corpus, chunk.rows, chunk.rows, px, self.extractor.multiple_px)
-        batch = self.extractor.extract(raw)
+        """The images of a chunk, and each one's own noise: a function of its id and size.
+
+        The ranks agree that all have read theirs: one that raised alone would leave the others in the forward pass.
+        """
+        px, multiple_px = self.resolutions[chunk.resolution], self.extractor.multiple_px
+        taken: list[RawBatch] = []
+        self.ranks.on_all(
+            lambda: taken.append(load_samples(self.corpus, chunk.rows, chunk.rows, px, multiple_px))
+        )
+        batch = self.extractor.extract(taken[0])
         keys = [int(self.corpus.id(row)[:15], 16) for row in chunk.rows]
         shape = tuple(batch.latents_BSP.shape[1:])
         noise_BSP = rng.normal_batch(NOISE_SEED, keys, "validation noise", shape)
@@ -179,18 +224,17 @@ class Validator:
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, on the host; where one rank alone holds a value, its bits stay."""
         values = values.cpu()
-        if self.control is not None:
-            dist.all_reduce(values, group=self.control)
+        if self.ranks.group is not None:
+            dist.all_reduce(values, group=self.ranks.group)
         return values
 
     def _report(self, losses: Tensor) -> dict:
         """Means of fp64 [resolutions, images, levels].
 
         ``valid_loss`` is the mean at the run's own resolution; the others are keyed by noise level, side in px,
-        aspect bucket and tier ("-": images without one). ``valid_samples``: held-out images.
+        aspect bucket and tier ("-": images without one). ``valid_samples``: images measured.
         """
-        rows = self.corpus.held_out
-        first = losses[0]
+        rows, first = self.rows, losses[0]
         return {
             "valid_loss": first.mean().item(),
             "valid_loss_by_sigma": {
@@ -203,6 +247,20 @@ class Validator:
             "valid_loss_by_tier": _means(first, [self.corpus.tier(row) or "-" for row in rows]),
             "valid_samples": len(rows),
         }
+
+
+def _measured_rows(corpus: Corpus, excluded: Sequence[str]) -> list[int]:
+    """Held-out rows without those of the ids to leave out."""
+    ids = {row: corpus.id(row) for row in corpus.held_out}
+    for name in excluded:
+        if name not in ids.values():
+            raise ConfigError(f"--valid-exclude-ids {name}: no held-out image of {corpus.root} has this id")
+    rows = [row for row, name in ids.items() if name not in excluded]
+    if not rows:
+        raise ConfigError(
+            f"--valid-exclude-ids: leaves none of the {len(ids)} held-out images to validate on"
+        )
+    return rows
 
 
 def _means(losses: Tensor, groups: Sequence[str]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megatron_nucleus.training.checkpointing.checkpointer import check_stored
 from megatron_nucleus.training.checkpointing.shard_files import read_tensors
 from megatron_nucleus.training.initialize import Encoders
 from megatron_nucleus.types import TrainState
-from megatron_nucleus.utils.errors import ConfigError, UserError
+from megatron_nucleus.utils.errors import ConfigError, DataError, UserError
 from megatron_nucleus.utils.tensors import local
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,12 @@ def start_from(state: TrainState, run: RunConfig, encoders: Encoders, parallel: 
             _fill_optimizer(state, description, ranks)
     except UserError as error:
         raise type(error)(f"--init-from {path}: {error}") from error
+    if parallel.rank == 0 and description.provenance.get("seed") == run.training.seed:
+        log.warning(
+            "--seed %d: %s was trained with it, too, so where the data is the same, the same images come in the same "
+            "order with the same noise again; give another --seed",
+            *(run.training.seed, description.path),
+        )
     log.info("starts from %s%s", description.path, " with its optimizer" * run.training.init_optimizer)
     return _lineage(description, run.training.init_optimizer)
 
@@ -91,10 +97,17 @@ def _fill_optimizer(state: TrainState, description: CheckpointDescription, ranks
         )
     stored = ranks.on_first(lambda: native.read_state(folder))
     tensors = state.optimizer.tensors()
-    ranks.on_first(lambda: native.verify(folder, ("optimizer/",)))
+    ranks.on_first(lambda: _verify_optimizer(folder))
     ranks.on_first(lambda: check_stored(folder, "optimizer", tensors))
     read_tensors(ranks, tensors, folder / "optimizer")
     state.optimizer.load_scalars(stored["optimizer"])
+
+
+def _verify_optimizer(folder: Path) -> None:
+    try:
+        native.verify(folder, ("optimizer/",))
+    except DataError as error:
+        raise DataError(f"{error}; {native.advice(folder)}, or leave --init-optimizer out") from error
 
 
 def _lineage(description: CheckpointDescription, with_optimizer: bool) -> dict:

@@ -8,12 +8,16 @@ Unknown keys and flags are errors that name the nearest known one.
 A knob's type is a scalar, a tuple of scalars, one of these or None, or a *structured* type for what needs a table: a
 class with ``from_plain(raw, label)``, which checks a YAML value and raises ConfigError beginning with ``label``, and
 ``to_plain()``, its inverse. Its flag takes YAML text.
+
+A number is finite: NaN and infinity are refused wherever `coerce` reads one, so also inside a structured type, whose
+``from_plain`` reads its numbers by `coerce`. A knob without a limit is ``float | None``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -121,8 +125,7 @@ def load(cls: type[T], args: argparse.Namespace, config_file: str | Path | None)
 def load_named(cls: type[T], args: argparse.Namespace, config_file: str | Path | None) -> tuple[T, Origins]:
     """`load`, and which file gave each value that no flag overrode: for the messages of later checks."""
     values, origins = read_yaml(config_file) if config_file else ({}, Origins())
-    flags = {name for name, value in vars(args).items() if value is not _UNSET}
-    origins = Origins({name: file for name, file in origins.items() if name not in flags})
+    origins = _completed(origins, cls, vars(args))
     where = str(config_file or "defaults")
     return from_dict(cls, values, flags=vars(args), where=where, origins=origins), origins
 
@@ -138,7 +141,7 @@ def from_dict(
 
     where: what messages call the mapping. origins: the file of each value, where they come from several.
     """
-    origins = Origins() if origins is None else origins
+    origins = _completed(Origins() if origins is None else origins, cls, flags or {})
     sections = sections_of(cls)
     for name, value in values.items():
         if name not in sections:
@@ -151,6 +154,17 @@ def from_dict(
         for name, section_cls in sections.items()
     }
     return cls(**built)
+
+
+def _completed(origins: Origins, cls: type, flags: dict) -> Origins:
+    """Without the keys that a flag overrode, and with all other keys of ``cls`` as `Origins.others`."""
+    known = {
+        f"{section}.{field.name}"
+        for section, section_cls in sections_of(cls).items()
+        for field in dataclasses.fields(section_cls)
+    }
+    files = {name: file for name, file in origins.items() if flags.get(name, _UNSET) is _UNSET}
+    return Origins(files, known - files.keys())
 
 
 def _build_section(section: str, cls: type, values: dict, flags: dict, where: str, origins: Origins) -> Any:
@@ -177,7 +191,15 @@ def _build_section(section: str, cls: type, values: dict, flags: dict, where: st
 
 
 def coerce(raw: Any, hint: Any, label: str, choices: tuple = ()) -> Any:
-    """Convert a YAML or command-line value to the annotated type, or raise ConfigError naming ``label``."""
+    """Convert a YAML or command-line value to the annotated type.
+
+    Args:
+        label: what messages call the value: ``--some-key`` or ``file: section.some_key``.
+        choices: the values that are allowed; empty means any.
+
+    Raises:
+        ConfigError: begins with ``label``; another type, a number that is not finite, or a value outside the choices.
+    """
     base, optional = _strip_optional(hint)
     if optional and (raw is None or (isinstance(raw, str) and raw.lower() == "none")):
         return None
@@ -219,10 +241,14 @@ def _coerce_scalar(raw: Any, base: type, label: str) -> Any:
         raise problem
     try:
         value = float(raw)  # also reads YAML's 1e-4, which YAML 1.1 calls a string
-    except ValueError:
+    except (ValueError, OverflowError):
         raise problem from None
+    if not math.isfinite(value):
+        if base is int:
+            raise problem
+        raise ConfigError(f"{label}: expected a finite number, got {raw!r}")
     if base is int:
-        if value != int(value) if value == value and abs(value) != float("inf") else True:
+        if value != int(value):
             raise problem
         return int(str(raw)) if isinstance(raw, str) and raw.lstrip("+-").isdigit() else int(value)
     return value

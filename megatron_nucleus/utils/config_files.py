@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,11 @@ BASE = "base"
 
 
 class Origins(dict[str, str]):
-    """``section.key`` -> file that gave its value. Flags are no origins."""
+    """``section.key`` -> file that gave its value. others: keys whose value a flag or a default gave."""
+
+    def __init__(self, files: Mapping[str, str] | None = None, others: Iterable[str] = ()):
+        super().__init__(files or {})
+        self.others = frozenset(others)
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
@@ -35,20 +39,25 @@ class Origins(dict[str, str]):
             raise ConfigError(f"{origin}: {error}") from error
 
     def find(self, message: str) -> str | None:
-        """``file: section.key`` of the first key that a message names, None where it names none or says so already.
+        """``file: section.key`` of the first key that a message names, which is what it is about.
 
         A key is named as ``--some-key``, as ``section.some_key``, or, where it has an underscore, as ``some_key``.
+
+        Returns:
+            None where the message names no key or already a file, or where no file gave the first key's value: the
+            keys after it are only what it is compared with.
         """
+        if any(file in message for file in self.values()):
+            return None
         found = []
-        for name, file in self.items():
-            if file in message:
-                return None
+        for name in (*self, *self.others):
             key = name.split(".", 1)[1]
             spellings = ["--" + key.replace("_", "-"), name, *([key] if "_" in key else [])]
             pattern = "|".join(rf"(?<![\w.-]){re.escape(s)}(?![\w-])" for s in spellings)
             if match := re.search(pattern, message):
-                found.append((match.start(), -len(key), f"{file}: {name}"))
-        return min(found)[2] if found else None
+                found.append((match.start(), -len(key), name))
+        first = min(found)[2] if found else None
+        return f"{self[first]}: {first}" if first in self else None
 
 
 class ConfigFile(NamedTuple):

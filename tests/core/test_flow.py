@@ -66,3 +66,11 @@ def test_draws_do_not_depend_on_their_neighbours():
     noise = flow.sample_noise(1, (5, 6, 7), (4, 3))
     assert torch.equal(noise[2:], flow.sample_noise(1, (7,), (4, 3)))
     assert abs(flow.sample_noise(0, tuple(range(200)), (16, 16)).std().item() - 1) < 0.01
+
+
+def test_noise_levels_far_from_one_half_do_not_overflow():
+    """The same limit as everywhere: 1e-6 from either end."""
+    for mean, expected in ((-1000.0, 1e-6), (1000.0, 1 - 1e-6)):
+        config = flow.FlowConfig(sigma_mean_low=mean, sigma_mean_high=mean, sigma_uniform_frac=0.0)
+        sigma = flow.sample_sigma(config, 0, (0, 1, 2), 256)
+        assert torch.equal(sigma, torch.full((3,), expected, dtype=torch.float64).float())

@@ -50,10 +50,17 @@ def make(folder, count=30, seed=0):
             row, {"png": payload, "json": encode_json({"id": row["id"], "captions": captions, "n": n})}
         )
     quarantine = index.ParquetParts(folder / "quarantine", index.QUARANTINE_SCHEMA)
-    quarantine.add(
-        {"item": "gone.png", "verdict": "rejected", "reason": "blurry", "sha256": "f" * 64, "container": b"g"}
-    )
-    quarantine.add({"item": "cut.png", "verdict": "quarantined", "reason": "undecodable", "container": b"c"})
+    gone = {
+        "item": "gone.png",
+        "verdict": "rejected",
+        "reason": "blurry",
+        "detail": "not sharp",
+        "stage": "blur",
+    }
+    quarantine.add({**gone, "sha256": "f" * 64, "width_px": 80, "height_px": 60, "container": b"g"})
+    for item in ("cut.png", "other/3.png", "others/3.png"):
+        cut = {"verdict": "quarantined", "reason": "undecodable", "detail": "cut", "stage": "inspect"}
+        quarantine.add({"item": item, **cut, "container": b"c"})
     quarantine.close()
     writer.finish({"seen": count, "kept": count})
     return rows

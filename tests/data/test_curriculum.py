@@ -95,9 +95,15 @@ def phase(**changes):
         ([phase(table="absent", tiers={"A1": 1, "A6": 2})], r"\[0\].tiers: unknown name 'A6'"),
         ([phase(table="absent", episodes={"B9": 2})], r"\[0\].episodes: unknown name 'B9'"),
         ([phase(table="absent", tiers={"A1": -0.5})], r"\[0\].tiers.A1 -0.5: a weight is a finite number"),
-        ([phase(table="absent", tiers={"A1": float("nan")})], r"\[0\].tiers.A1 nan: a weight is a finite"),
+        (
+            [phase(table="absent", tiers={"A1": float("nan")})],
+            r"\[0\].tiers.A1: expected a finite number, got nan",
+        ),
         ([phase(table="absent", tiers={"A1": ".inf", "A2": 1})], r"\[0\].tiers.A1"),
-        ([phase(table="absent", tiers={"A1": float("inf")})], r"\[0\].tiers.A1 inf: a weight is a finite"),
+        (
+            [phase(table="absent", tiers={"A1": float("inf")})],
+            r"\[0\].tiers.A1: expected a finite number, got inf",
+        ),
         ([phase(table="absent", tiers={"A1": "much"})], r"\[0\].tiers.A1: expected a number, got 'much'"),
         ([phase(table="absent", tiers={"A1": True})], r"\[0\].tiers.A1: expected a number, got True"),
         ([phase(table="absent", tiers={"A1": 0})], r"\[0\].tiers: the weights add up to 0"),
@@ -105,7 +111,10 @@ def phase(**changes):
         ([phase(captions={"long": 1})], r"\[0\].captions: unknown name 'long'"),
         ([phase(captions=["short"])], r"\[0\].captions: expected a mapping of short"),
         ([phase(caption_drop_frac=1.1)], r"\[0\].caption_drop_frac 1.1: between 0 and 1"),
-        ([phase(caption_drop_frac=float("nan"))], r"\[0\].caption_drop_frac nan: between 0 and 1"),
+        (
+            [phase(caption_drop_frac=float("nan"))],
+            r"\[0\].caption_drop_frac: expected a finite number, got nan",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(raw, message):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_nucleus.data.dataset import open_corpus, pack_empty_text, pack_features, unpack_features
-from megatron_nucleus.data.manifest import DatasetWriter, claim_output
+from megatron_nucleus.data.manifest import DatasetWriter, begin_update, claim_output, withdraw
 from megatron_nucleus.data.shards import encode_json
 from megatron_nucleus.types import Caption
 from megatron_nucleus.utils.errors import ConfigError, DataError
@@ -63,6 +63,18 @@ def test_a_finished_folder_is_recognised_and_a_foreign_one_refused(tmp_path):
     assert claim_output(tmp_path / "d", "test", {"n": 30}) == "complete"
     with pytest.raises(ConfigError, match="n: 30 there, 31 here"):
         claim_output(tmp_path / "d", "test", {"n": 31})
+    with pytest.raises(ConfigError, match="n: 30 there, 31 here.*; --update makes again what this changes"):
+        claim_output(tmp_path / "d", "test", {"n": 31}, update=False)
+    assert claim_output(tmp_path / "d", "test", {"n": 30}, update=True) == "complete"
+    assert claim_output(tmp_path / "d", "test", {"n": 31}, update=True) == "outdated"
+    assert claim_output(tmp_path / "d", "test", {"n": 30}) == "complete"  # nothing was changed by asking
+    begin_update(tmp_path / "d", "test", {"n": 31})
+    assert len(open_corpus(tmp_path / "d")) == 30
+    assert claim_output(tmp_path / "d", "test", {"n": 30}, update=True) == "outdated"
+    withdraw(tmp_path / "d")
+    with pytest.raises(DataError, match="unfinished"):
+        open_corpus(tmp_path / "d")
+    assert claim_output(tmp_path / "d", "test", {"n": 31}, update=True) == "resume"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="not empty"):

@@ -183,6 +183,25 @@ def test_a_damaged_sample_is_replaced_counted_and_nothing_else_changes(tmp_path,
     assert lost in caplog.text
 
 
+def test_a_caption_of_an_unknown_length_is_a_damaged_sample(tmp_path, caplog):
+    """Ranks add their counts up class by class: what is none of the three classes must not come in unseen."""
+    writer = DatasetWriter(tmp_path / "d", tool="test", settings={})
+    for i in range(4):
+        payload = picture(np.random.default_rng(i), SIZES["1024x1024"])
+        info = encode_json({"captions": [caption(f"{i}", "long" if i == 2 else "short")]})
+        bucket = {"id": hashlib.sha256(payload).hexdigest(), "aspect_bucket": "1024x1024"}
+        writer.add(bucket, {"png": payload, "json": info})
+    writer.finish({})
+    config = dataclasses.replace(CONFIG, caption_drop_frac=0.0)
+    with build_loader(config, open_corpus(tmp_path / "d"), **RUN) as loader, caplog.at_level(logging.WARNING):
+        batches = [next(loader) for _ in range(3)]
+        mixture, replaced = loader.take_mixture(), loader.substituted
+    assert mixture["captions"] == {"short": 12, "medium": 0, "detailed": 0, "dropped": 0}
+    assert {text for batch in batches for text in batch.texts} == {"0", "1", "3"}
+    assert replaced >= 3  # 12 draws from 4 images take it three times
+    assert "a caption of length_class 'long', none of short, medium, detailed" in caplog.text
+
+
 def corpus_ids(corpus):
     return [corpus.id(r) for r in range(len(corpus))]
 

@@ -101,6 +101,8 @@ def test_an_empty_cell_passes_its_share_on_within_its_bucket(caplog):
     }
     with caplog.at_level(logging.WARNING):
         mix = mixture(table(0, A1={"B1": 1}, A2={"B1": 3}, A5={"B8": 4}), cells=cells)
+        assert caplog.text == ""  # said once, by who begins to draw
+        mix.warn()
     assert "bucket 1344x768 has no images of A5/B8: their share, up to 50.0 %" in caplog.text
     assert "bucket 1344x768: 2 images have no tier or no episode bucket" in caplog.text
     assert "1024x1024" not in caplog.text

@@ -109,16 +109,30 @@ def test_by_id(made):
         assert number == sum(r["id"].startswith(digit) for r in rows)
         assert len(found) == min(2, number)
     unknown = wanted["id"][:9] + ("0" if wanted["id"][9] != "0" else "1") + "ff"
-    with pytest.raises(ConfigError, match=f"--id {unknown}: no sample of .*; the nearest is {wanted['id']}"):
-        data.by_id(unknown, 10)
-    with pytest.raises(ConfigError, match="beginning of an id"):
-        data.by_id(" ", 10)
+    assert data.by_id(unknown, 10) == ([], 0)
+    assert data.nearest_id(unknown) == wanted["id"]
+    assert data.nearest_id("xyz") == ""
+    for search in (data.by_id, data.not_kept):
+        with pytest.raises(ConfigError, match="beginning of an id"):
+            search(" ", 10)
+
+
+@pytest.mark.parametrize("wanted", ["in/17.png", "17.png", "/17.png"])
+def test_by_the_path_in_the_input(made, wanted):
+    folder, rows = made
+    found, number = DataSet(folder).by_id(wanted, 10)
+    assert (number, [row["id"] for row in found]) == (1, [rows[17]["id"]])
+    assert DataSet(folder).by_id("7.png", 10)[1] == 1  # in/7.png, and neither in/17.png nor in/27.png
 
 
 def test_what_was_not_kept_is_found_with_its_reason(made):
     data = DataSet(made[0])
-    assert [(r["item"], r["reason"]) for r in data.not_kept("ffff", 10)] == [("gone.png", "blurry")]
-    assert data.not_kept("0123456789", 10) == []
+    rows, number = data.not_kept("FFFF", 10)
+    assert (number, [(r["item"], r["reason"]) for r in rows]) == (1, [("gone.png", "blurry")])
+    assert data.not_kept("0123456789", 10) == ([], 0)
+    (row,), number = data.not_kept("cut.png", 10)  # its content was never read
+    assert (number, row["reason"], row["sha256"]) == (1, "undecodable", None)
+    assert data.not_kept("cut.png", 0) == ([], 1)
 
 
 def test_by_text(made):
@@ -132,8 +146,9 @@ def test_by_text(made):
     assert data.by_text(["red", "sea"], 9) == ([], 0)  # in two captions of one image
     assert data.by_text(["100 %"], 9)[1] == 6
     assert data.by_text(["."], 9)[1] == 0  # no pattern
-    with pytest.raises(ConfigError, match="empty word"):
-        data.by_text(["a", " "], 9)
+    for words in (["a", " "], []):
+        with pytest.raises(ConfigError, match="--text: no word"):
+            data.by_text(words, 9)
 
 
 def test_a_draw_depends_on_the_seed_and_the_ids_alone(made, tmp_path):
@@ -178,6 +193,8 @@ def test_samples_pictures_and_extraction(made, tmp_path):
     written[0].write_bytes(b"mine")
     with pytest.raises(ConfigError, match="is there with other content"):
         extract(sample, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"--extract .*\.png: .* is a file; name a new folder"):
+        extract(sample, written[0])
     value = plain(row)
     assert (value["phash"], value["stage_versions"]) == ("0001020304050607", {"inspect": "abc"})
     json.dumps(value, allow_nan=False)
@@ -196,6 +213,13 @@ def test_encoded_data_has_counts_and_no_pictures(tmp_path):
         data.picture(sample, 64)
 
 
-def test_no_data_set(tmp_path):
-    with pytest.raises(ConfigError, match="holds no manifest.json"):
-        DataSet(tmp_path)
+def test_no_data_set(made, tmp_path):
+    for path, message in (
+        (tmp_path, "holds no manifest.json; give a data set folder"),
+        (made[0] / "manifest.json", "manifest.json: a file, not a data set folder; give a data set folder"),
+        (next((made[0] / "shards").glob("*.tar")), r"\.tar: a file, not a data set folder"),
+        (tmp_path / "nowhere", "nowhere: no such folder"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            DataSet(path)
+        assert "--data-path" not in str(error.value)

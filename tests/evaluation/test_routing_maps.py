@@ -320,7 +320,7 @@ def checksum(values, palette):
     return f"{out:08x}"
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")

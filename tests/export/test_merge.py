@@ -189,6 +189,40 @@ def test_different_models_are_refused(make, run, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+START = {"path": "/a", "step": 3, "manifest_sha256": "12ab", "optimizer": False, "samples_seen_in_all": 24}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 6}, "its seed is 5, there 6"),
+        ({"data": {"manifest_hash": "def"}}, r"its data set \(data.manifest_hash\) is abc, there def"),
+        (
+            {"started_from": START},
+            r"its start \(started_from\) is None, there path /a, step 3, manifest_sha256 12ab",
+        ),
+    ],
+)
+def test_checkpoints_of_different_runs_are_refused(make, run, tmp_path, other, message):
+    make.run(run, make.model(make.shape(num_layers=2), 1), 1100, **other)
+    with pytest.raises(
+        DataError, match=rf"step_00001000/state.json: of another run than .*step_00001100: {message}"
+    ):
+        merge(run, tmp_path / "m", last=2)
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_a_run_may_change_as_it_goes_on_may_differ_in_a_window(make, run, tmp_path):
+    """Commit, versions and sampling; learning rate and batch are no part of state.json."""
+    start = {"started_from": START}
+    make.run(run, make.model(make.shape(num_layers=2), 1), 1100, **start)
+    changed = {"git_commit": "4567", "versions": {"torch": "9"}, "sampling": {"steps": 3}}
+    make.run(run, make.model(make.shape(num_layers=2), 2), 1200, **start, **changed)
+    assert len(merge(run, tmp_path / "m", last=2)["inputs"]) == 2
+    state = json.loads((tmp_path / "m" / "state.json").read_text())
+    assert (state["git_commit"], state["started_from"]["step"]) == ("4567", 3)  # the newest's
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_name_tensor_and_checkpoint(make, run, tmp_path, value):
     model = make.model(make.shape(num_layers=2), 1)

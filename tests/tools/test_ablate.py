@@ -19,7 +19,7 @@ from tests.support import ROOT, tool
 
 # Figures that differ from one execution to the next.
 # What may differ between equal benches: counted FLOPs are a rate times a time, and the checkout may move on.
-TIMING = {"train_s", "counted_flops", "commit"}
+TIMING = {"train_s", "counted_flops", "trained_commits", "scored_commit"}
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def suites(tmp_path) -> Path:
         "text_tokens": 18,
         "budget_samples": 64,
         "seeds": [0, 1],
+        "min_seeds": 2,
         "evaluate": {"prompts": {"prompts_per_skill": 1}},
         "arms": {
             "baseline": {},

@@ -83,6 +83,12 @@ def test_the_last_line_is_the_json_object(program, capsys, tmp_path):
     assert code == 0
     assert "already complete" in out[0]
     assert json.loads(out[-1])["already_complete"]
+    code, _, err = run(program, capsys, *arguments, "--max-side-px", 4000)
+    assert (code, len(err)) == (2, 1)
+    assert "recipe[0].settings.max_side_px: 8096 there, 4000 here); --update makes again" in err[0]
+    code, out, err = run(program, capsys, *arguments, "--max-side-px", 4000, "--update")
+    assert (code, err) == (0, [])
+    assert (json.loads(out[-1])["kept"], json.loads(out[-1])["already_complete"]) == (6, False)
 
 
 def test_a_config_file_and_flags_on_top(program, capsys, tmp_path):

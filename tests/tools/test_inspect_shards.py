@@ -108,22 +108,44 @@ def test_by_id_with_extraction(run, made, tmp_path):
 
 
 def test_by_text_says_what_it_leaves_out(run, made):
-    code, out, _ = run(made[0], "--limit", 2, "--text", "green", "house")
+    code, out, _ = run("--limit", 2, "--text", "green  house", made[0])  # the folder may stand last
     assert code == 0
     assert out.splitlines()[-1] == "24 found, 2 shown (--limit)"
 
 
-def test_an_image_that_was_not_kept_is_explained(run, made):
-    code, out, _ = run(made[0], "--id", "ffffffffff", "--json")
+@pytest.mark.parametrize("wanted", ["ffffffffff", "gone.png"])
+def test_an_image_that_was_not_kept_is_explained(run, made, wanted):
+    code, out, _ = run(made[0], "--id", wanted, "--json")
     assert code == 0
-    assert f"not kept: {'f' * 64} gone.png: rejected, blurry" in out
-    assert json.loads(out.splitlines()[-1])["not_kept"][0]["reason"] == "blurry"
+    assert f"not kept: {'f' * 64} gone.png, 80 x 60 px: rejected by blur, blurry (not sharp)" in out
+    assert "0 found, 1 not kept" in out.splitlines()
+    result = json.loads(out.splitlines()[-1])
+    assert (result["found"], result["found_not_kept"], result["not_kept"][0]["reason"]) == (0, 1, "blurry")
+
+
+def test_kept_and_other_images_of_one_name(run, made):
+    code, out, _ = run(made[0], "--id", "3.png", "--limit", 1)
+    assert code == 0
+    assert out.splitlines()[0] == made[1][3]["id"]
+    assert "not kept: content unknown other/3.png: quarantined by inspect, undecodable (cut)" in out
+    assert out.splitlines()[-1] == "1 found, 2 not kept, 1 shown (--limit)"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--id", "xyz"], 2, "--id xyz: no sample of"),
+        (["--id", "xyz"], 2, "--id xyz: no image of"),
+        (["--id", ""], 2, "--id: give the beginning of an id"),
+        (["--text", ""], 2, "--text: no word"),
+        (["--text", "red", "house"], 2, "unknown argument house"),
+        (["--sheet", ""], 2, "give a name that ends in .png"),
+        (["--sheet", "no such/s.png"], 2, "--sheet no such/s.png: no such folder no such; create it first"),
+        (["--sheet", f"{__file__}/s.png"], 2, f"--sheet {__file__}: {__file__} is a file"),
+        (
+            ["--id", "a", "--extract", __file__],
+            2,
+            f"--extract {__file__}: {__file__} is a file; name a new folder",
+        ),
         (["--tier", "A1"], 2, "--tier belongs to --sheet FILE"),
         (["--extract", "x"], 2, "--extract belongs to --id and --text"),
         (["--sheet", "s.png", "--count", "0"], 2, "--count 0: 1 to 400"),
@@ -147,6 +169,10 @@ def test_encoded_data_and_folders_that_are_none(run, tmp_path):
     code, _, err = run(tmp_path / "encoded", "--sheet", tmp_path / "s.png")
     assert code == 2
     assert "no pictures; give the data set it was encoded from" in err
-    code, _, err = run(tmp_path)
-    assert code == 2
-    assert "holds no manifest.json" in err
+    for path, message in (
+        (tmp_path, "holds no manifest.json"),
+        (tmp_path / "encoded" / "manifest.json", "a file"),
+    ):
+        code, _, err = run(path)
+        assert code == 2
+        assert f"{path}: {message}" in err

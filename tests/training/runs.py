@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Collection
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 
+from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.export import native
 from megatron_nucleus.training.arguments import parse_run
 from megatron_nucleus.training.training import TrainResult, train
@@ -35,6 +39,29 @@ def train_rank(config_file: Path, run_dir: Path, *flags: object) -> dict:
         "loss": result.loss,
         "skipped": state.skipped,
     }
+
+
+def damaged_copy(data: Path, folder: Path, ids: Collection[str]) -> Path:
+    """A copy of a data set in which the payloads of some samples are zeros."""
+    shutil.copytree(data, folder)
+    damage(folder, ids)
+    return folder
+
+
+def damage(data: Path, ids: Collection[str]) -> None:
+    """Overwrite the payloads of some samples with zeros; sizes stay."""
+    found = [row for part in (data / "index").glob("*.parquet") for row in pq.read_table(part).to_pylist()]
+    for row in found:
+        if row["id"] in ids:
+            with open(data / row["tar"], "r+b") as file:
+                file.seek(row["offset"])
+                file.write(bytes(row["length"]))
+
+
+def held_out_ids(data: Path, count: int) -> list[str]:
+    """Ids of the images that a run with ``--valid-samples count`` holds out, by bucket and id."""
+    corpus = open_corpus(data, count)
+    return [corpus.id(row) for row in corpus.held_out]
 
 
 # Figures of a row that differ from run to run.

@@ -12,7 +12,7 @@ from megatron_nucleus.core import flow
 from megatron_nucleus.core.flow import FlowConfig
 from megatron_nucleus.data.dataset import open_corpus
 from tests.ranks import run_ranks
-from tests.training.runs import rows, run_here, train_rank
+from tests.training.runs import damaged_copy, rows, run_here, train_rank
 
 
 def level_counts(draws: range) -> list[int]:
@@ -78,6 +78,21 @@ def test_ranks_tell_the_same_figures_as_one_process(config_file, tmp_path):
             assert a == (None if b is None else pytest.approx(b, rel=1e-4))
         assert ours["routing"] == pytest.approx(theirs["routing"], rel=1e-3, abs=1e-6)
         assert ours["mixture"]["samples"] == theirs["mixture"]["samples"] == 8
+
+
+@pytest.mark.dist
+def test_what_was_read_is_counted_over_all_ranks(config_file, corpus, tmp_path):
+    """One image in five is damaged: replacements and captions of two ranks add up to those of one process."""
+    whole = open_corpus(corpus)
+    data = damaged_copy(corpus, tmp_path / "data", {whole.id(row) for row in range(0, len(whole), 5)})
+    flags = ["--data-path", data, "--log-interval", 2]
+    run_here(config_file, tmp_path / "one", *flags)
+    run_ranks(2, train_rank, tmp_path, config_file, tmp_path / "two", *flags)
+    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert [row["substituted"] for row in ours] == [row["substituted"] for row in theirs]
+    assert [row["mixture"] for row in ours] == [row["mixture"] for row in theirs]
+    assert 0 < ours[0]["substituted"] < ours[-1]["substituted"] < 48
+    assert [sum(row["mixture"]["captions"].values()) for row in ours] == [16, 16, 16]
 
 
 def test_the_realised_mixture_is_logged(config_file, corpus, tmp_path):

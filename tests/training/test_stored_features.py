@@ -10,9 +10,10 @@ import pytest
 
 from megatron_nucleus.data.encoders import same_encoder
 from megatron_nucleus.export import native
-from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.training import training
+from megatron_nucleus.utils.errors import ConfigError, DataError
 from tests.support import tool
-from tests.training.runs import rows, run_here
+from tests.training.runs import damaged_copy, held_out_ids, rows, run_here
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +55,16 @@ def test_stored_features_train_the_same_without_encoders(config_file, tmp_path, 
     assert (tmp_path / "stored" / "samples" / "step_00000004.png").is_file()
 
 
+def test_damaged_features_that_are_held_out_are_refused_before_the_first_step(config_file, tmp_path, encoded):
+    ids = held_out_ids(encoded, 4)
+    data = damaged_copy(encoded, tmp_path / "data", ids[3:])
+    flags = ["--data-path", data, "--valid-samples", 4, "--train-steps", 1]
+    with pytest.raises(DataError, match=rf"1 of 4 .*: sample {ids[3]}: damaged encoded sample .*{ids[3]}$"):
+        run_here(config_file, tmp_path / "run", *flags)
+    run_here(config_file, tmp_path / "run", *flags, "--valid-exclude-ids", ids[3])
+    assert rows(tmp_path / "run")[-1]["valid_samples"] == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -61,11 +72,20 @@ def test_stored_features_train_the_same_without_encoders(config_file, tmp_path, 
         (["--max-text-tokens", 64], "features of text_encoder"),
         (["--patch-size", 1], "--patch-size 1: the stored features were made for 2"),
         (["--resolution-px", 64], "--resolution-px 64: the stored features were made for 32"),
+        (
+            ["--valid-samples", 8, "--valid-resolutions-px", 64],
+            "--valid-resolutions-px 64: stored features have one",
+        ),
+        (["--num-experts", 32], "--num-experts 32: .* has 16 image tokens"),
     ],
 )
-def test_stored_features_of_another_kind_are_refused(config_file, tmp_path, encoded, flags, message):
+def test_stored_features_of_another_kind_are_refused(
+    config_file, tmp_path, encoded, flags, message, monkeypatch
+):
+    monkeypatch.setattr(training, "build_model", lambda *_: pytest.fail("the model was built"))
     with pytest.raises(ConfigError, match=message):
         run_here(config_file, tmp_path / "run", "--data-path", encoded, *flags)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_moved_encoder_folder_is_no_other_run(config_file, tmp_path, encoded, monkeypatch):

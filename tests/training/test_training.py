@@ -199,7 +199,7 @@ def test_changed_run_is_refused(config_file, tmp_path, corpus):
         (["--latent-channels", 8], "--latent-channels 8: the codec 'dct' gives 16"),
         (["--steps", 0], "--steps 0"),
         (["--shift", 0], "--shift 0"),
-        (["--guidance", "nan"], "--guidance nan"),
+        (["--guidance", "nan"], "--guidance: expected a finite number"),
         (["--height", 33], "--height 33: must be a multiple of 8 px"),
         (["--width", 0], "--width 0"),
         (["--sample-interval", 5, "--sample-prompts", "red", "a " * 200], "--sample-prompts: number 1"),

@@ -14,11 +14,20 @@ from megatron_nucleus.data import images
 from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.data.encoders import build_codec, build_text_encoder
 from megatron_nucleus.export.load import read_description
-from megatron_nucleus.training.validation import ValidationConfig
+from megatron_nucleus.training.validation import ValidationConfig, Validator
 from megatron_nucleus.utils import rng
-from megatron_nucleus.utils.errors import ConfigError
+from megatron_nucleus.utils.errors import ConfigError, DataError
 from tests.ranks import run_ranks
-from tests.training.runs import rows, run_here, train_rank
+from tests.training.runs import (
+    assert_identical,
+    damage,
+    damaged_copy,
+    held_out_ids,
+    rows,
+    run_here,
+    tensors,
+    train_rank,
+)
 
 HELD_OUT = ["--valid-samples", 6, "--valid-sigmas", 4]
 STILL = ["--lr", 0, "--router-orthogonality", 0]  # weights stay as they are
@@ -120,16 +129,99 @@ def test_held_out_images_are_part_of_the_run(config_file, tmp_path):
         run_here(config_file, tmp_path / "run", "--valid-samples", 5)
 
 
+def refusal(config_file, run_dir, *flags, checked=True) -> str:
+    """The DataError that a run ends with on this rank; unchecked: damage comes after the check at the start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not checked:
+            patch.setattr(Validator, "check", lambda self: None)
+        with pytest.raises(DataError) as caught:
+            run_here(config_file, run_dir, *flags)
+    return str(caught.value)
+
+
+@pytest.mark.dist
+def test_a_damaged_held_out_image_is_refused_before_the_first_step(config_file, corpus, tmp_path):
+    ids = held_out_ids(corpus, 6)
+    data = damaged_copy(corpus, tmp_path / "data", [ids[4], ids[1]])
+    flags = [*HELD_OUT, "--data-path", data]
+    told = refusal(config_file, tmp_path / "run", *flags)
+    start, fix = told.split("; ", 1)
+    assert start == (
+        f"2 of 6 held-out images cannot be read: {data}: sample {ids[1]}: not_an_image: starts with {bytes(12)!r}"
+    )
+    assert fix.startswith("copy the data set again; where what is lost stays lost")
+    assert fix.endswith(f"--valid-exclude-ids {ids[1]} {ids[4]}")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    results = run_ranks(2, refusal, tmp_path, config_file, tmp_path / "two", *flags)
+    assert results[0] == results[1]
+    assert results[0].startswith("2 of 6 held-out images cannot be read")
+    assert set(results[0].rsplit("--valid-exclude-ids ", 1)[1].split()) == {ids[1], ids[4]}
+
+
+def test_the_others_are_measured_alone_where_it_is_said(config_file, corpus, tmp_path):
+    ids = held_out_ids(corpus, 6)
+    data = damaged_copy(corpus, tmp_path / "data", ids[2:3])
+    flags = ["--train-steps", 2, *HELD_OUT]
+    run_here(config_file, tmp_path / "whole", *flags)
+    run_here(config_file, tmp_path / "rest", *flags, "--data-path", data, "--valid-exclude-ids", ids[2])
+    assert_identical(tensors(tmp_path / "rest", 2), tensors(tmp_path / "whole", 2))
+    losses = one_by_one(tmp_path / "whole", corpus, [0.125, 0.375, 0.625, 0.875])
+    row = rows(tmp_path / "rest")[-1]
+    assert row["valid_loss"] == pytest.approx(np.mean([losses[i] for i in ids if i != ids[2]]), rel=1e-5)
+    assert row["valid_samples"] == 5
+    for excluded, match in (
+        (["0" * 64], rf"--valid-exclude-ids {'0' * 64}: no held-out image of \S+ has this id"),
+        (ids, r"--valid-exclude-ids: leaves none of the 6 held-out images"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run_here(config_file, tmp_path / "none", *flags, "--valid-exclude-ids", *excluded)
+
+
+@pytest.mark.dist
+def test_damage_that_comes_later_ends_all_ranks_alike(config_file, corpus, tmp_path):
+    """Found on one rank at the validation after step 4 of 6."""
+    ids = held_out_ids(corpus, 6)
+    data = damaged_copy(corpus, tmp_path / "data", ids[:1])
+    flags = [*HELD_OUT, "--valid-interval-samples", 32, "--save-interval", 0, "--data-path", data]
+    results = run_ranks(2, refusal, tmp_path, config_file, tmp_path / "run", *flags, checked=False)
+    assert results[0] == results[1]
+    assert f"sample {ids[0]}: not_an_image" in results[0]
+    assert results[0].endswith("; step 4 is saved, without its validation")
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000004\n"
+
+
+def test_damage_that_comes_later_costs_no_step(config_file, corpus, tmp_path):
+    data, ids = damaged_copy(corpus, tmp_path / "data", []), held_out_ids(corpus, 6)
+    flags = [*HELD_OUT, "--valid-interval-samples", 32, "--save-interval", 0, "--log-interval", 3]
+    run_here(config_file, tmp_path / "whole", *flags)
+    flags += ["--data-path", data]
+    run_here(config_file, tmp_path / "run", *flags, "--train-steps", 2)
+    damage(data, ids[:1])
+    told = refusal(config_file, tmp_path / "run", *flags, checked=False)
+    assert told.endswith("; step 4 is saved, without its validation")
+    curve = [(row["step"], "valid_loss" in row) for row in rows(tmp_path / "run")]
+    assert curve == [(2, True), (3, False), (4, False)]
+    told = refusal(
+        config_file, tmp_path / "run", *flags, checked=False
+    )  # it goes on, to the last step's validation
+    assert told.endswith("step 6 is saved, without its validation (--train-steps above 6 validates again)")
+    assert_identical(tensors(tmp_path / "run", 6), tensors(tmp_path / "whole", 6))
+    flags += ["--train-steps", 7, "--valid-exclude-ids", ids[0]]
+    run_here(config_file, tmp_path / "run", *flags)
+    assert rows(tmp_path / "run")[-1]["valid_samples"] == 5
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
         (["--valid-interval-samples", 8], r"--valid-interval-samples: needs --valid-samples"),
+        (["--valid-exclude-ids", "a"], r"--valid-exclude-ids: needs --valid-samples"),
         (["--valid-samples", -1], r"--valid-samples -1: must be at least 0"),
         (["--valid-samples", 4, "--valid-sigmas", 0], r"--valid-sigmas 0: must be at least 1"),
         (["--valid-samples", 100], r"--valid-samples 100"),
         (
             ["--valid-samples", 4, "--valid-resolutions-px", 33],
-            r"resolution_px 33 is not a positive multiple of 8",
+            r"--valid-resolutions-px 33 is not a positive multiple of 8",
         ),
     ],
 )

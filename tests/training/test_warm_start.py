@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -153,6 +154,19 @@ def test_the_same_command_resumes_and_does_not_start_again(config_file, source, 
         run_here(config_file, tmp_path / "parts", "--train-steps", 5)
 
 
+def test_the_sources_own_seed_is_warned_of(config_file, source, caplog):
+    alone = single_process(CPU, 4)
+    with caplog.at_level(logging.WARNING):
+        started(config_file, alone, "--init-from", source, "--seed", 1)
+        assert caplog.records == []
+        started(config_file, alone, "--init-from", source)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"--seed 0: {source}/checkpoints/step_00000006 was trained with it, too"
+    )
+    assert record.getMessage().endswith("give another --seed")
+
+
 def test_what_cannot_be_started_from_is_named(config_file, source, tmp_path):
     def refused(kind, match, *flags):
         with pytest.raises(kind, match=match):
@@ -181,3 +195,16 @@ def test_what_cannot_be_started_from_is_named(config_file, source, tmp_path):
     state = source / "checkpoints" / "step_00000003" / "state.json"
     state.write_text(json.dumps({}))
     refused(DataError, r"--init-from .*state\.json", "--init-from", state.parent)
+
+
+def test_a_missing_optimizer_file_says_what_to_do(config_file, source):
+    folder = source / "checkpoints" / "step_00000006"
+    file = next((folder / "optimizer").glob("*.safetensors"))
+    file.unlink()
+    flags = ("--init-from", source, "--init-optimizer")
+    with pytest.raises(DataError) as caught:
+        started(config_file, single_process(CPU, 4), *flags)
+    use = folder.with_name("step_00000003")
+    assert str(caught.value) == (
+        f"--init-from {source}: {file}: missing; use {use}, which is complete, or leave --init-optimizer out"
+    )

@@ -83,6 +83,14 @@ def test_yaml_exponent_without_a_dot_is_a_number(tmp_path):
         ([], "optim: [", "not valid YAML"),
         ([], "run: {train_steps: 1, bf16: 'yes'}", "expected true or false, got 'yes'"),
         ([], "run: {train_steps: true}", "expected a whole number, got True"),
+        (["--train-steps", "inf"], None, "^--train-steps: expected a whole number, got 'inf'$"),
+        (["--lr", "nan"], None, "^--lr: expected a finite number, got 'nan'$"),
+        (["--lr", "1e999"], None, "^--lr: expected a finite number, got '1e999'$"),
+        (["--train-steps", "5", "--limit=-inf"], None, "^--limit: expected a finite number, got '-inf'$"),
+        (["--betas", "0.9", "NaN"], None, "^--betas: expected a finite number, got 'NaN'$"),
+        ([], "optim: {lr: .nan}", r"c\.yaml: optim\.lr: expected a finite number, got nan$"),
+        ([], "optim: {betas: [0.9, .inf]}", r"c\.yaml: optim\.betas: expected a finite number, got inf$"),
+        ([], f"optim: {{lr: 1{400 * '0'}}}", r"c\.yaml: optim\.lr: expected a number, got 10"),
     ],
 )
 def test_bad_input_is_named(argv, yaml, message, tmp_path):
@@ -221,3 +229,27 @@ def test_origins_find_the_key_that_a_message_names():
     assert origins.find("a few steps later") is None  # an ordinary word
     assert origins.find("--lr-factors x") is None
     assert origins.find("a.yaml: optim.lr: said already") is None
+
+
+def test_origins_look_at_the_first_key_alone():
+    """The keys after it are what the value is compared with: they are not at fault."""
+    files = {"data.resolution_px": "a.yaml", "model.capacity_factors": "b.yaml"}
+    origins = Origins(files, others={"model.num_experts", "training.init_from"})
+    tokens = "--num-experts 32: bucket 1024x1024 at --resolution-px 32 has 16 image tokens"
+    start = "--init-from S: it was trained with model.num_experts = 8, now 4; a stage may change capacity_factors only"
+    assert origins.find(tokens) is None
+    assert origins.find(start) is None
+    assert Origins(files | {"model.num_experts": "c.yaml"}).find(tokens) == "c.yaml: model.num_experts"
+    assert origins.find("--resolution-px 33: --num-experts 4") == "a.yaml: data.resolution_px"
+
+
+def test_a_flag_that_overrides_a_file_is_no_fault_of_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optim: {lr: 1}\nrun: {train_steps: 5, bf16: true}")
+    parser = Parser(prog="t")
+    cfg.add_arguments(parser, All)
+    _, origins = cfg.load_named(All, parser.parse_args(["--train-steps", "7"]), path)
+    assert origins == {"optim.lr": str(path), "run.bf16": str(path)}
+    assert origins.others == {"optim.betas", "optim.kind", "run.train_steps", "run.folder", "run.limit"}
+    assert origins.find("--train-steps 7: too many for --lr 1") is None
+    assert origins.find("--lr 1: too high for --train-steps 7") == f"{path}: optim.lr"

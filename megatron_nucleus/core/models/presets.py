@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError, nearest
@@ -67,7 +68,7 @@ class ModelShape:
         }[self.dense_moe_strategy]
         return first <= layer < last
 
-    def _check(self) -> None:
+    def _check_numbers(self) -> None:
         for name in (
             "num_layers",
             "num_attention_heads",
@@ -81,6 +82,15 @@ class ModelShape:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: must be at least 1, got {getattr(self, name)}")
+        # Also of dense layers, which ignore theirs: a description of the model (JSON) holds finite numbers alone.
+        floats = {"mlp_ratio": (self.mlp_ratio,), "capacity_factors": self.capacity_factors,
+                  "route_scale": (self.route_scale,)}  # fmt: skip
+        for name, values in floats.items():
+            if not all(map(math.isfinite, values)):
+                raise ConfigError(f"model.{name}: must be finite, got {', '.join(map(str, values))}")
+
+    def _check(self) -> None:
+        self._check_numbers()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_key_value_heads: {self.num_key_value_heads} does not divide "

@@ -13,19 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_nucleus.data.curation.captions import merge_captions
-from megatron_nucleus.data.curation.near_duplicates import keep_order
+from megatron_nucleus.data.curation.near_duplicates import Candidates, keep_order
 from megatron_nucleus.data.curation.stage import DROPS_SCHEMA, Update
 from megatron_nucleus.data.curation.store import POSITION, Corpus
 from megatron_nucleus.data.index import CAPTION_TYPE, DUPLICATE_TYPE, caption_dict
 from megatron_nucleus.types import Caption
+from megatron_nucleus.utils.errors import ConfigError
 
-READS = (
-    *("id", "item", "licence", "source_url", "captions", "tier", "episode_bucket", "duplicates"),
-    *("width_px", "height_px", "scores"),
+_MERGED = ("id", "item", "licence", "source_url", "captions", "tier", "episode_bucket", "duplicates")
+_RANKED = (
+    *("id", "licence", "width_px", "height_px", "captions", "scores"),
+    *("coding_quality", "length", "laplacian_variance"),
 )
+READS = tuple(dict.fromkeys((*_MERGED, *_RANKED)))
 ADDS = {
     "captions": pa.list_(CAPTION_TYPE),
     "tier": pa.string(),
@@ -97,7 +101,7 @@ def _shuffle(
             if not len(gone):
                 continue
             goal = clusters.representative[gone]
-            table = corpus.gather(gone, READS)
+            table = corpus.gather(gone, _MERGED)
             extra = {
                 "row": gone,
                 "representative": goal,
@@ -141,7 +145,7 @@ def _drops(clusters: Clusters, rows: np.ndarray, position: np.ndarray, names: di
 def _changes(
     corpus: Corpus, part: str, rows: np.ndarray, position: np.ndarray, groups: dict[int, list[dict]]
 ) -> pa.Table:
-    own = corpus.read(part, READS, position).to_pylist()
+    own = corpus.read(part, _MERGED, position).to_pylist()
     merged = [_merge_one(kept, groups[row]) for row, kept in zip(rows.tolist(), own, strict=True)]
     schema = pa.schema([POSITION, *pa.schema(ADDS)])
     values = [{"position": int(p), **m} for p, m in zip(position, merged, strict=True)]
@@ -174,16 +178,51 @@ def _merge_one(kept: dict, copies: Sequence[dict]) -> dict[str, Any]:
 
 
 def best_first(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-    """Row numbers (ascending ``rows``) in the order of the keep rule, the best first."""
-    columns = ["id", "licence", "width_px", "height_px", "captions", "scores"]
-    table = corpus.gather(rows.astype(np.int64), columns)
+    """Row numbers (ascending ``rows``) in the order of the keep rule without scores and colours, the best first."""
+    return rows[keep_order(candidates(corpus, rows))]
+
+
+def candidates(
+    corpus: Corpus, rows: np.ndarray, scorer: str | None = None, *, lowest: bool = False
+) -> Candidates:
+    """What the keep rule looks at of some rows (ascending numbers). Colours are left open: all False.
+
+    Args:
+        scorer: score that counts; None: none does. lowest: whether its lower values are the better ones.
+
+    Raises:
+        ConfigError: none of the rows has a score of that name.
+    """
+    table = corpus.gather(rows.astype(np.int64), _RANKED)
     ids = bytes.fromhex("".join(table["id"].to_pylist()))
-    first_scores = [scores[0]["value"] if scores else np.nan for scores in table["scores"].to_pylist()]
-    order = keep_order(
-        np.array([licence != "unknown" for licence in table["licence"].to_pylist()], bool),
-        table["width_px"].to_numpy().astype(np.int64) * table["height_px"].to_numpy(),
-        np.array(first_scores, np.float32),
-        np.array([len(captions) for captions in table["captions"].to_pylist()], np.int32),
-        np.frombuffer(ids, np.uint8).reshape(-1, _ID_BYTES),
+    score = np.full(len(rows), np.nan, np.float32)
+    if scorer is not None and len(rows):
+        score = _scores(table["scores"], scorer)
+    return Candidates(
+        licence_known=pc.fill_null(pc.not_equal(table["licence"], "unknown"), False).to_numpy(),
+        pixels=table["width_px"].to_numpy().astype(np.int64) * table["height_px"].to_numpy(),
+        score=-score if lowest else score,
+        colour=np.zeros(len(rows), bool),
+        quality=table["coding_quality"].to_numpy(),
+        file_bytes=table["length"].to_numpy(),
+        sharpness=table["laplacian_variance"].to_numpy(),
+        captions=pc.list_value_length(table["captions"]).to_numpy(),
+        ids=np.frombuffer(ids, np.uint8).reshape(-1, _ID_BYTES),
     )
-    return rows[order]
+
+
+def _scores(column: pa.ChunkedArray, scorer: str) -> np.ndarray:
+    """The last score of that name of every row [float32], NaN where there is none."""
+    lists = pa.concat_arrays(column.chunks)
+    flat, owners = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy()
+    names = pc.struct_field(flat, "scorer")
+    named = pc.fill_null(pc.equal(names, scorer), False).to_numpy(zero_copy_only=False)
+    if not named.any():
+        there = ", ".join(sorted(set(names.to_pylist()))) or "none"
+        raise ConfigError(
+            f"keep_scorer {scorer}: no copy has a score of that name (there is: {there}); put a score stage with that "
+            "name before, or name another"
+        )
+    out = np.full(len(lists), np.nan, np.float32)
+    out[owners[named]] = pc.struct_field(flat, "value").to_numpy(zero_copy_only=False)[named]
+    return out

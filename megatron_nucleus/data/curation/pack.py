@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_nucleus.data import buckets, index, shards
@@ -24,7 +25,7 @@ from megatron_nucleus.data.curation.runner import Run
 from megatron_nucleus.data.curation.settings import CurationConfig
 from megatron_nucleus.data.curation.shard_task import Packed, ShardTask, make_shard, version
 from megatron_nucleus.data.curation.store import Store
-from megatron_nucleus.utils.errors import DataError
+from megatron_nucleus.utils.errors import ConfigError, DataError
 
 PACK = "pack"
 _JSON_ESTIMATE_BYTES = 1024  # only to decide where a shard ends
@@ -52,6 +53,28 @@ def load_kept(store: Store, level: int, parts: Sequence[str]) -> Kept:
         for name in Kept._fields[1:]:
             columns[name].append(table[name].to_numpy())
     return Kept(*(np.concatenate(columns[name]) for name in Kept._fields))
+
+
+def check_keys(store: Store, level: int, parts: Sequence[str]) -> None:
+    """A data set holds a key once: readers of WebDataset tars take neighbours of one key for one sample.
+
+    Memory: 16 bytes per image, the beginnings of the ids.
+
+    Raises:
+        ConfigError: the same bytes are kept twice, which a recipe with ``exact_duplicates`` rules out.
+    """
+    if any(stage.name == "exact_duplicates" for stage in store.levels[: level + 1]):
+        return
+    ids = [store.read(level, part, ["id"])["id"] for part in parts]
+    starts = np.sort(
+        np.concatenate([pc.utf8_slice_codeunits(i, 0, 16).to_numpy().astype("S16") for i in ids])
+    )
+    repeated = starts[1:][starts[1:] == starts[:-1]]
+    if len(repeated):
+        raise ConfigError(
+            f"recipe.stages: {len(repeated)} images are kept twice, byte for byte (id {repeated[0].decode()}...), "
+            "and a data set holds a key once; add exact_duplicates to the recipe"
+        )
 
 
 def assign_buckets(kept: Kept, min_images: int) -> tuple[np.ndarray, dict[str, str]]:
@@ -128,7 +151,9 @@ def pack_all(
     Raises:
         InputChanged: an input file is no longer what was inspected.
         DataError: a worker was lost.
+        ConfigError: an image is kept twice.
     """
+    check_keys(run.store, len(run.store.levels) - 1, run.parts)
     folder = Path(run.store.work) / f"{len(run.store.levels):02d}-{PACK}"
     folder.mkdir(exist_ok=True)
     kept = load_kept(run.store, len(run.store.levels) - 1, run.parts)

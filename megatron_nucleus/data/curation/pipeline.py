@@ -5,32 +5,32 @@ renamed, and finished parts are found again, so the same command goes on where a
 on the input and the settings, not on the engine or the number of workers.
 
 The tables of all stages stay in ``OUTPUT/stages`` (`store`): what was measured of every image that was seen, kept or
-not. ``retry_failed`` uses them to run again only what failed for a passing reason.
+not. ``retry_failed`` uses them to run again only what failed for a passing reason, and ``update`` to run again only
+what other settings or another input change.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from megatron_nucleus.data import index, manifest
-from megatron_nucleus.data.curation import pack, readers, recipe, report, runner, shard_task
+from megatron_nucleus.data import manifest
+from megatron_nucleus.data.curation import pack, readers, recipe, report, results, runner, shard_task
 from megatron_nucleus.data.curation import store as tables
 from megatron_nucleus.data.curation.engines import WorkerDied, open_engine
+from megatron_nucleus.data.curation.results import StageResult
 from megatron_nucleus.data.curation.settings import Settings
-from megatron_nucleus.data.curation.stage import PayloadSource
+from megatron_nucleus.data.curation.stage import PayloadSource, deciding
 from megatron_nucleus.data.curation.store import Record, Store
 from megatron_nucleus.utils.config import to_dict
 from megatron_nucleus.utils.errors import ConfigError, DataError
@@ -44,28 +44,40 @@ STAGES = "stages"
 _CAPTION_HELP = 'put NAME.txt (the caption) or NAME.json ({"caption": "..."}) beside NAME.jpg'
 
 
-class StageResult(NamedTuple):
-    """A stage's figures over the whole input. counts: in, kept, rejected, quarantined. wall_s: 0 when it was done."""
+class _Job(NamedTuple):
+    """What was asked for. claimed: all that decides the content, as plain values."""
 
-    name: str
-    version: str
-    counts: dict[str, Any]
-    notes: dict[str, int]
-    retry: int
-    wall_s: float
+    source: Path
+    output: Path
+    settings: Settings
+    lines: tuple[recipe.Line, ...]
+    found: readers.Scan
+    claimed: dict
 
 
 def curate(
-    source: str | Path, output: str | Path, settings: Settings | None = None, *, retry_failed: bool = False
+    source: str | Path,
+    output: str | Path,
+    settings: Settings | None = None,
+    *,
+    retry_failed: bool = False,
+    update: bool = False,
 ) -> dict:
     """Curate the images under ``source`` into the data set folder ``output``; returns the counts and paths.
 
     Running it again on a finished output with the same input (by names and sizes) and settings does nothing and
-    says so (``already_complete``), unless ``retry_failed`` finds rows that failed for a passing reason.
+    says so (``already_complete``), unless one of these finds work to do:
+
+    - ``retry_failed``: rows failed for a passing reason. Those alone are tried again.
+    - ``update``: settings, stages, the files they rely on, or the input are others (of files the time of change
+      counts, too), or a shard is lost. What no longer fits is made again.
+
+    A finished data set is whole and in use until its first shard is about to change; where either of them fails
+    before that, it stays as it was.
 
     Raises:
         ConfigError: a missing input, a recipe that cannot run, or an output folder in use for something else or that
-            cannot be written.
+            cannot be written; a finished output made differently, without ``update``.
         DataError: nothing to use in the input, with the reasons; an input that changes meanwhile; a full disk.
     """
     settings = settings or Settings()
@@ -73,24 +85,28 @@ def curate(
     source, output = Path(source).absolute(), Path(output).absolute()
     started = time.perf_counter()
     lines = recipe.resolve(settings.recipe, settings.stage_sections())
+    versions = recipe.versions(lines)
     found = readers.scan(source, settings.readers)
     _check_folders(source, output)
     _check_input(source, found, lines)
     for warning in found.warnings:
         log.warning("%s", warning)
-    claimed = _claimed_settings(settings, lines, found)
-    state = manifest.claim_output(output, TOOL, claimed)
-    timings: list[StageResult] = []
-    if state == "complete":
-        manifest.check_files(output, manifest.read_manifest(output)[0])
+    job = _Job(source, output, settings, lines, found, _claimed_settings(settings, lines, found))
+    state = manifest.claim_output(output, TOOL, job.claimed, update=update)
     store = Store(str(output / STAGES), recipe.levels(lines))
-    if state == "complete" and retry_failed and _has_failed(store, found):
-        manifest.reopen(output, TOOL, claimed)
-        state = "resume"
+    if state == "complete":
+        made, _ = manifest.read_manifest(output)
+        again = retry_failed and made["counts"]["retryable"]
+        if again or (update and _is_outdated(output, made, versions, store, found)):
+            state = "outdated"
+        else:
+            manifest.check_files(output, made)
+    timings: list[StageResult] = []
     if state != "complete":
         keeps = "finished work is kept, and the same command goes on from there"
         with explain_writing(output, keeps), exclusive(output, "--output"):
-            timings = _run(source, output, found, settings, lines, store, claimed, retry_failed)
+            manifest.begin_update(output, TOOL, job.claimed)
+            timings = _run(job, store, retry_failed)
             _tidy(output)
     return _summary(output, state == "complete", time.perf_counter() - started, timings)
 
@@ -99,7 +115,7 @@ def _claimed_settings(settings: Settings, lines: Sequence[recipe.Line], found: r
     """All that decides the content, as plain values."""
     raw = settings.recipe.stages.lines
     stages = [
-        {"stage": line.name, "from": given.spec, "settings": line.settings}
+        {"stage": line.name, "from": given.spec, "settings": deciding(line.load()[1])}
         for line, given in zip(lines, raw, strict=True)
     ]
     return {
@@ -108,6 +124,22 @@ def _claimed_settings(settings: Settings, lines: Sequence[recipe.Line], found: r
         "readers": to_dict(settings.readers),
         "curation": to_dict(settings.curation),
     }
+
+
+def _is_outdated(
+    output: Path, made: dict, versions: dict[str, str], store: Store, found: readers.Scan
+) -> bool:
+    """Whether a finished data set of the same settings was made by other stages, from files changed since, or has lost
+    files of its own."""
+    try:
+        manifest.check_files(output, made)
+    except DataError as error:
+        log.warning("%s", error)
+        return True
+    if [(stage["stage"], stage["version"]) for stage in made["stages"]] != list(versions.items()):
+        return True
+    records = [(store.record(0, task.name), task.stamp) for task in found.tasks]
+    return any(record is None or record.input != stamp for record, stamp in records)
 
 
 def _summary(output: Path, already: bool, wall_s: float, timings: Sequence[StageResult]) -> dict:
@@ -154,68 +186,66 @@ def _check_input(source: Path, found: readers.Scan, lines: Sequence[recipe.Line]
         raise DataError(f"{source}: {found.files} files and not one has a caption; {_CAPTION_HELP}")
 
 
-def _has_failed(store: Store, found: readers.Scan) -> bool:
-    """Whether a finished data set has rows worth another try."""
-    records = (
-        store.record(level, task.name) for level in range(1, len(store.levels)) for task in found.tasks
-    )
-    return any(record is not None and record.retry for record in records)
-
-
 def _tidy(output: Path) -> None:
     """Remove what a killed process left half written."""
     for path in output.glob(".*.tmp*"):
         path.unlink()
 
 
-def _run(
-    source: Path,
-    output: Path,
-    found: readers.Scan,
-    settings: Settings,
-    lines: tuple[recipe.Line, ...],
-    store: Store,
-    claimed: dict,
-    retry: bool,
-) -> list[StageResult]:
-    limits = settings.curation
-    source_of = PayloadSource(str(source), limits.max_file_bytes, limits.max_pixels)
-    parts = tuple(task.name for task in found.tasks)
-    with contextlib.closing(open_engine(settings.engine)) as engine:
-        run = runner.Run(store, parts, engine, source_of, retry, lines)
+def _run(job: _Job, store: Store, retry: bool) -> list[StageResult]:
+    limits = job.settings.curation
+    source_of = PayloadSource(str(job.source), limits.max_file_bytes, limits.max_pixels)
+    parts = tuple(task.name for task in job.found.tasks)
+    with contextlib.closing(open_engine(job.settings.engine)) as engine:
+        run = runner.Run(store, parts, engine, source_of, retry, job.lines)
         _remove_other_levels(store)
-        results = [_list(run, found)]
-        for level, line in enumerate(lines, 1):
-            results.append(_run_level(run, level, line))
-            _check_captions(source, level, results)
-        counts = _reconcile(results, found)
-        quarantine = _write_quarantine(output, run)
+        done = [_list(run, job.found)]
+        _check_listed(job, done[0])
+        for level, line in enumerate(job.lines, 1):
+            done.append(_run_level(run, level, line))
+            _check_captions(job.source, level, done)
+        counts = results.reconcile(done, job.found)
         if not counts["kept"]:
-            report.write(output, source, settings, counts, results, run, None)
-            raise DataError(_nothing_left(source, output, counts, quarantine))
+            raise DataError(f"{job.source}: {_report_nothing(job, run, counts, done)}")
+        manifest.withdraw(job.output)
+        results.write_quarantine(job.output, run)
         try:
-            versions = {result.name: result.version for result in results[1:]}
-            with _progress(pack.PACK, counts["kept"]) as bar:
-                packed = pack.pack_all(output, run, settings.curation, versions, bar.update)
+            _pack(job, run, counts, done)
         except shard_task.InputChanged as change:  # what was found out about that part no longer holds
             store.forget(change.part)
             raise
+    return done
+
+
+def _report_nothing(job: _Job, run: runner.Run, counts: dict, done: Sequence[StageResult]) -> str:
+    """Say why nothing is left; with a report, unless a data set is there that has its own."""
+    why = results.nothing_left(run, counts)
+    if (job.output / manifest.MANIFEST).is_file():
+        return f"{why}; the finished data set {job.output} stays as it was"
+    results.write_quarantine(job.output, run)
+    report.write(job.output, job.source, job.settings, counts, done, run, None)
+    return f"{why}; see {job.output}/report.html"
+
+
+def _pack(job: _Job, run: runner.Run, counts: dict, done: Sequence[StageResult]) -> None:
+    """Shards, index, report, and last the manifest."""
+    versions = {result.name: result.version for result in done[1:]}
+    with _progress(pack.PACK, counts["kept"]) as bar:
+        packed = pack.pack_all(job.output, run, job.settings.curation, versions, bar.update)
     counts["captions"] = _sum(p.captions for p in packed.shards)
     counts["caption_sources"] = _sum(p.sources for p in packed.shards)
-    infos = [p.shard for p in packed.shards]
-    index_files = pack.write_index(output, packed)
-    report.write(output, source, settings, counts, results, run, packed)
+    index_files = pack.write_index(job.output, packed)
+    report.write(job.output, job.source, job.settings, counts, done, run, packed)
     manifest.write_manifest(
-        output,
+        job.output,
         tool=TOOL,
-        settings=claimed,
-        shards=infos,
+        settings=job.claimed,
+        shards=[p.shard for p in packed.shards],
         index_files=index_files,
         counts=counts,
         merged_buckets=packed.moved,
-        extra={"stages": _stage_facts(results), "inputs": _inputs(run, found)},
+        extra={"stages": results.stage_facts(done), "inputs": results.input_facts(run, job.found)},
     )
-    return results
 
 
 def _remove_other_levels(store: Store) -> None:
@@ -282,9 +312,16 @@ def _run_level(run: runner.Run, level: int, line: recipe.Line) -> StageResult:
     )
 
 
-def _check_captions(source: Path, level: int, results: Sequence[StageResult]) -> None:
+def _check_listed(job: _Job, listed: StageResult) -> None:
+    if not listed.counts["kept"]:
+        raise DataError(
+            f"{job.source}: not one image in it: its {job.found.tars} tars and {job.found.tables} tables are empty"
+        )
+
+
+def _check_captions(source: Path, level: int, done: Sequence[StageResult]) -> None:
     """Say at once that an input has no captions at all, when that is why nothing is left."""
-    counts = results[-1].counts
+    counts = done[-1].counts
     if level == 1 and not counts["kept"] and counts["quarantined"].get("missing_caption"):
         raise DataError(
             f"{source}: {counts['in']} items and not one usable image has a caption; {_CAPTION_HELP}, in the folder "
@@ -292,72 +329,9 @@ def _check_captions(source: Path, level: int, results: Sequence[StageResult]) ->
         )
 
 
-def _reconcile(results: Sequence[StageResult], found: readers.Scan) -> dict:
-    counts = results[0].counts
-    rejected: dict[str, int] = {}
-    quarantined: dict[str, int] = {}
-    notes: dict[str, int] = {}
-    for before, result in itertools.pairwise(results):
-        if result.counts["in"] != before.counts["kept"]:
-            raise AssertionError(
-                f"stage {result.name} saw {result.counts['in']} of {before.counts['kept']} rows"
-            )
-        rejected = tables.add_counts(rejected, result.counts["rejected"])
-        quarantined = tables.add_counts(quarantined, result.counts["quarantined"])
-        notes = tables.add_counts(notes, result.notes)
-    out = {
-        "seen": counts["kept"],
-        "kept": results[-1].counts["kept"],
-        "rejected": rejected,
-        "quarantined": quarantined,
-        "retryable": sum(result.retry for result in results),
-        "notes": notes,
-        "ignored_files": found.ignored,
-        "captions_without_image": found.captions_without_image,
-        "tables": found.tables,
-        "warnings": list(found.warnings),
-    }
-    if out["seen"] != out["kept"] + sum(rejected.values()) + sum(quarantined.values()):
-        raise AssertionError(f"counts do not reconcile: {out}")
-    return out
-
-
-def _write_quarantine(output: Path, run: runner.Run) -> Path:
-    """Everything seen and not kept, in input order."""
-    folder = output / "quarantine"
-    shutil.rmtree(folder, ignore_errors=True)
-    parts = index.ParquetParts(folder, index.QUARANTINE_SCHEMA)
-    for part in run.parts:
-        dropped = [run.store.dropped(level, part) for level in range(1, len(run.store.levels))]
-        together = pa.concat_tables(dropped).sort_by("position")
-        parts.add_table(together.select(index.QUARANTINE_SCHEMA.names))
-    parts.close()
-    return folder
-
-
-def _stage_facts(results: Sequence[StageResult]) -> list[dict]:
-    """Name, version and counts of every stage, for the manifest."""
-    return [{"stage": r.name, "version": r.version, **r.counts, "notes": r.notes} for r in results[1:]]
-
-
-def _inputs(run: runner.Run, found: readers.Scan) -> list[dict]:
-    """Every part of the input: where it comes from, and how many items it has."""
-    return [
-        {"part": task.name, "from": readers.describe(task), "items": record.counts["kept"]}
-        for task, record in zip(found.tasks, _records(run, 0), strict=True)
-    ]
-
-
-def _nothing_left(source: Path, output: Path, counts: dict, quarantine: Path) -> str:
-    reasons = {**counts["rejected"], **counts["quarantined"]}
-    listed = ", ".join(f"{n} {r}" for r, n in sorted(reasons.items(), key=lambda p: -p[1]))
-    first = next(iter(sorted(quarantine.glob("*.parquet"))), None)
-    example = ""
-    if first is not None:
-        row = pq.read_table(first, partitioning=None).slice(0, 1).to_pylist()[0]
-        example = f"; first: {row['item']} ({row['detail']})"
-    return (
-        f"{source}: none of {counts['seen']} items can be used ({listed}){example}; see {output}/report.html"
+def _progress(name: str, images_total: int | None) -> tqdm:
+    return tqdm(
+        total=images_total, desc=name, unit="img", file=sys.stderr, mininterval=0.5, dynamic_ncols=True
     )
 
 
@@ -366,9 +340,3 @@ def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     for part in parts:
         out = tables.add_counts(out, part)
     return out
-
-
-def _progress(name: str, images_total: int | None) -> tqdm:
-    return tqdm(
-        total=images_total, desc=name, unit="img", file=sys.stderr, mininterval=0.5, dynamic_ncols=True
-    )

@@ -11,7 +11,8 @@ A line is a built-in stage's name, or ``FILE.py:FUNCTION`` or ``PACKAGE.MODULE:F
 with settings. ``as`` gives a stage another name, so that it can be used twice. A built-in stage takes its settings
 from the section of its name (which has flags) and from the line; a setting that both give is refused.
 
-The whole chain is checked before anything runs: every column that a stage reads is written by one before it.
+The whole chain is checked before anything runs: every column that a stage reads is written by one before it, every
+score that it names as well, and what it relies on is there (heads, models, own classes, keys).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from megatron_nucleus.data.curation import own_code, readers
 from megatron_nucleus.data.curation.stage import Stage
 from megatron_nucleus.data.curation.store import Level
 from megatron_nucleus.utils.config import coerce, knob, to_dict
-from megatron_nucleus.utils.errors import ConfigError, nearest
+from megatron_nucleus.utils.errors import ConfigError, DataError, nearest
 
 _STAGES = "megatron_nucleus.data.curation.stages"
 BUILT_IN = {
@@ -181,7 +182,32 @@ def resolve(config: RecipeConfig, sections: Mapping[str, Any]) -> tuple[Line, ..
             raise ConfigError(f"{label}: a second stage named {name}; give one another name with 'as'")
         lines.append(Line(name, spec, to_dict(settings)))
     _check_columns(lines)
+    _check_scores(lines)
     return tuple(lines)
+
+
+def versions(lines: Sequence[Line]) -> dict[str, str]:
+    """Version of every stage, by the line's name.
+
+    Reads what the stages rely on, and lets each check what else its rows will need: so a mistake in the last line is
+    found before the first one runs.
+
+    Raises:
+        ConfigError, DataError: what a stage's ``identity`` or ``check`` raises, naming the line.
+    """
+    out = {}
+    for line in lines:
+        label = f"recipe.stages: {line.name}"
+        try:
+            stage, settings = line.load()
+            stage.check(settings)
+            out[line.name] = stage.version(settings)
+        except DataError as error:
+            raise DataError(f"{label}: {error}") from error
+        except (ConfigError, OSError) as error:
+            text = str(error)
+            raise ConfigError(text if text.startswith(label) else f"{label}: {text}") from error
+    return out
 
 
 def _section_values(section: Any, raw: Raw, label: str) -> dict[str, Any]:
@@ -221,6 +247,24 @@ def _check_columns(lines: Sequence[Line]) -> None:
         raise ConfigError(
             f"recipe.stages: no stage writes column {missing[0]}, which the index needs{_writer_hint(missing[0])}"
         )
+
+
+def _check_scores(lines: Sequence[Line]) -> None:
+    """Whether a stage before writes the scores that others name; one that does not say which may write any."""
+    written: list[str] = []
+    for line in lines:
+        stage, settings = line.load()
+        for knob_name, score in stage.needs_scores(settings).items():
+            if score not in written:
+                raise ConfigError(
+                    f"recipe.stages: {line.name}: {knob_name} {score}: no stage before it writes a score of that name"
+                    f"{nearest(score, written)} (there is: {', '.join(written) or 'none'}); put a score stage with "
+                    "that name (as) before it, or name another"
+                )
+        names = stage.writes_scores(settings)
+        if names is None:
+            return
+        written += names
 
 
 def _check_added(name: str, field: pa.Field, known: Mapping[str, pa.DataType]) -> None:

@@ -25,11 +25,8 @@ from megatron_nucleus.utils.errors import ConfigError, UserError
 from megatron_nucleus.utils.staging import FULL_DISK
 
 CRASHED = "process_crash"
-_DESCRIBING = {
-    "width_px": "width_px",
-    "height_px": "height_px",
-    "sha256": "id",
-}  # quarantine column: row column
+# Column of the quarantine: that of a row, and field of a `Drop`.
+_DESCRIBING = {"width_px": "width_px", "height_px": "height_px", "sha256": "id"}
 
 
 class RowTask(NamedTuple):
@@ -164,14 +161,7 @@ def _checked(stage: Stage, results: Any, rows: int) -> list[Mapping[str, Any] | 
         )
     for number, result in enumerate(results):
         if isinstance(result, Drop):
-            if not (isinstance(result.reason, str) and isinstance(result.detail, str)):
-                raise ConfigError(
-                    f"stage {stage.name}: result {number} is {result!r:.100}; reason and detail are text"
-                )
-            if not stage.declares(result.reason):
-                raise ConfigError(
-                    f"stage {stage.name} drops a row for {result.reason!r}, a reason that it does not declare"
-                )
+            _check_drop(stage, number, result)
         elif not isinstance(result, Mapping):
             kind = type(result).__name__
             raise ConfigError(
@@ -183,6 +173,23 @@ def _checked(stage: Stage, results: Any, rows: int) -> list[Mapping[str, Any] | 
                 f"{sorted(stage.adds.names)}"
             )
     return list(results)
+
+
+def _check_drop(stage: Stage, number: int, drop: Drop) -> None:
+    texts, sizes = (drop.reason, drop.detail), (drop.width_px, drop.height_px)
+    if not (all(isinstance(text, str) for text in texts) and isinstance(drop.id, str | None)):
+        raise ConfigError(
+            f"stage {stage.name}: result {number} is {drop!r:.100}; reason and detail are text, id too or None"
+        )
+    if not all(size is None or (isinstance(size, numbers.Integral) and 0 < size < 2**31) for size in sizes):
+        raise ConfigError(
+            f"stage {stage.name}: result {number} is {drop!r:.100}; width_px and height_px are whole numbers above 0, "
+            "or None"
+        )
+    if not stage.declares(drop.reason):
+        raise ConfigError(
+            f"stage {stage.name} drops a row for {drop.reason!r}, a reason that it does not declare"
+        )
 
 
 def _tables_of(
@@ -226,11 +233,17 @@ def dropped_table(stage: Stage, label: str, table: pa.Table, drops: Sequence[tup
             "container": row["container"],
             "offset": row["offset"],
             "length": row["length"],
-            **{name: row.get(source) for name, source in _DESCRIBING.items()},
+            **{name: _described(row, drop, source) for name, source in _DESCRIBING.items()},
         }
         for row, (_, drop) in zip(values, drops, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=DROPPED_SCHEMA)
+
+
+def _described(row: Mapping[str, Any], drop: Drop, name: str) -> Any:
+    """What the stage found out, else what was known before."""
+    found = getattr(drop, name)
+    return row.get(name) if found is None else found
 
 
 def _notes(rows: pa.Table) -> dict[str, int]:

@@ -55,10 +55,17 @@ class NoSettings:
 
 
 class Drop(NamedTuple):
-    """A stage's verdict on a row that ends here. reason: one that the stage declares. detail: for people."""
+    """A stage's verdict on a row that ends here. reason: one that the stage declares. detail: for people.
+
+    id, width_px, height_px: what the stage found out about the picture that no stage before wrote, as `inspect` means
+    the columns of these names; None: nothing new. So the list of what was not kept knows them.
+    """
 
     reason: str
     detail: str = ""
+    id: str | None = None
+    width_px: int | None = None
+    height_px: int | None = None
 
 
 class Row(Mapping[str, Any]):
@@ -155,6 +162,10 @@ class Stage:
         identity: settings -> what else decides the result (revision of a model, checksum of a file of weights).
         gpus: settings -> GPUs that one worker needs.
         modules: modules and packages whose code the stage relies on, besides its own; it is part of its version.
+        check: called once with the settings before any stage runs; raises ConfigError where something is missing
+            that every row would need (a key in the environment). Quick, and asks no server.
+        writes_scores: settings -> names of the entries that it adds to ``scores``; None where they show only in the
+            rows. needs_scores: settings -> {setting: name of the score}, which a stage before it must write.
     """
 
     name: str
@@ -170,6 +181,9 @@ class Stage:
     identity: Callable[[Any], str]
     gpus: Callable[[Any], float]
     modules: tuple[ModuleType, ...]
+    check: Callable[[Any], None]
+    writes_scores: Callable[[Any], tuple[str, ...] | None]
+    needs_scores: Callable[[Any], Mapping[str, str]]
 
     def declares(self, reason: str) -> bool:
         """Whether the stage may drop a row for this."""
@@ -185,21 +199,38 @@ class Stage:
         return "rejected" if reason in self.rejects else "quarantined"
 
     def version(self, settings: Any) -> str:
-        """Hash of all that decides what the stage makes of its input: code, schema and settings.
-
-        Settings that a class lists in ``EXECUTION`` decide how fast it goes, not what comes out.
-        """
-        execution = getattr(settings, "EXECUTION", ())
-        plain = {name: value for name, value in to_dict(settings).items() if name not in execution}
+        """Hash of all that decides what the stage makes of its input: code, schema and `deciding` settings."""
         facts = [
             self.name,
-            json.dumps(plain, sort_keys=True),
+            json.dumps(deciding(settings), sort_keys=True),
             repr([(field.name, str(field.type)) for field in self.adds]),
             repr((self.reads, self.rejects, self.quarantines, self.failures)),
             self.identity(settings),
         ]
         sources = [_source(module) for module in (sys.modules[self.function.__module__], *self.modules)]
         return hashlib.sha256("\0".join(facts + sources).encode()).hexdigest()[:16]
+
+
+def deciding(settings: Any) -> dict[str, Any]:
+    """A stage's settings as plain values, without those that its class lists in ``EXECUTION``: they decide how fast
+    and where the work is done, not what comes out."""
+    execution = getattr(settings, "EXECUTION", ())
+    return {name: value for name, value in to_dict(settings).items() if name not in execution}
+
+
+def _check_nothing(settings: Any) -> None:
+    """Of a stage that needs nothing but rows."""
+
+
+def _no_scores(settings: Any) -> Mapping[str, str]:
+    """Of a stage that needs no score."""
+    return {}
+
+
+def _scores_unless_declared(adds: Mapping[str, pa.DataType]) -> Callable[[Any], tuple[str, ...] | None]:
+    """Of a stage that does not say which scores it writes: none, or unknown ones where it writes that column."""
+    names = None if "scores" in adds else ()
+    return lambda settings: names
 
 
 @functools.cache
@@ -223,6 +254,9 @@ def row_stage(
     identity: Callable[[Any], str] = lambda settings: "",
     gpus: Callable[[Any], float] = lambda settings: 0.0,
     modules: tuple[ModuleType, ...] = (),
+    check: Callable[[Any], None] = _check_nothing,
+    writes_scores: Callable[[Any], tuple[str, ...] | None] | None = None,
+    needs_scores: Callable[[Any], Mapping[str, str]] = _no_scores,
 ) -> Callable[[RowFunction], Stage]:
     """Declare a stage that looks at rows one by one or in small batches.
 
@@ -251,6 +285,9 @@ def row_stage(
             identity=identity,
             gpus=gpus,
             modules=modules,
+            check=check,
+            writes_scores=writes_scores or _scores_unless_declared(adds or {}),
+            needs_scores=needs_scores,
         )
 
     return declare
@@ -279,11 +316,17 @@ def corpus_stage(
     rejects: tuple[str, ...] = (),
     identity: Callable[[Any], str] = lambda settings: "",
     modules: tuple[ModuleType, ...] = (),
+    check: Callable[[Any], None] = _check_nothing,
+    writes_scores: Callable[[Any], tuple[str, ...] | None] | None = None,
+    needs_scores: Callable[[Any], Mapping[str, str]] = _no_scores,
 ) -> Callable[[Callable[[Any, Any], Iterator[Update]]], Stage]:
     """Declare a stage that needs all rows at once, such as a search for duplicates.
 
     The function is called as ``function(corpus, settings)`` with a `store.Corpus` and yields one `Update` per part,
-    in the order of ``corpus.parts``. It keeps memory bounded by the columns it reads, not by the images.
+    in the order of ``corpus.parts``. It keeps memory bounded by the columns it reads, not by the images. An update that
+    breaks the declaration (a reason, a column, a position of no row) stops the job with an error that names the stage,
+    and so does what a function of your own raises. A row whose task of ``corpus.map`` ended its process may be dropped
+    as ``process_crash``: it is quarantined, and ``--retry-failed`` runs the stage again.
     """
 
     def declare(function: Callable[[Any, Any], Iterator[Update]]) -> Stage:
@@ -301,6 +344,9 @@ def corpus_stage(
             identity=identity,
             gpus=lambda settings: 0.0,
             modules=modules,
+            check=check,
+            writes_scores=writes_scores or _scores_unless_declared(adds or {}),
+            needs_scores=needs_scores,
         )
 
     return declare

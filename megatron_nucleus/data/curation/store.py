@@ -232,7 +232,8 @@ class Corpus:
         work: folder for the stage's own files; removed once the stage is done, kept when it is interrupted.
         source: reads a row's bytes, from its reference columns.
         map: ``map(function, tasks)`` runs a module-level function over picklable tasks in the engine's workers and
-            yields the results in order.
+            yields the results in order. A task that ends its process, also when it is run alone, is a DataError; with
+            ``lost_too=True`` its result is an `engines.WorkerDied`, unless there are more than a few.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class Corpus:
         parts: Sequence[str],
         work: Path,
         source: Any,
-        map: Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]],
+        map: Callable[..., Iterator[Any]],
     ):
         """level: of the stage before, whose rows are read."""
         self._store, self._level = store, level

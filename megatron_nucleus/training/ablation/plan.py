@@ -8,6 +8,7 @@ suites:
     text_tokens: 27              # mean padded caption of a batch: the text's share of the FLOPs
     budget_samples: 256000       # of the baseline, or budget_flops
     seeds: [0, 1, 2]
+    min_seeds: 3                 # the default; a trial of the bench itself may do with 2
     evaluate: {prompts: {KEY: VALUE}, generation: {KEY: VALUE}}   # of tools/evaluate.py scenes
     baseline: baseline           # the arm that every other one is compared with
     arms:
@@ -22,12 +23,14 @@ Every arm gets the steps that the budget pays for, in model FLOPs (`training/flo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_nucleus.core.models.presets import ModelShape
+from megatron_nucleus.data import buckets
 from megatron_nucleus.data.curation import settings as curation_settings
 from megatron_nucleus.data.encoders import EncoderConfig, build_codec, build_text_encoder
 from megatron_nucleus.data.scenes import SceneConfig
@@ -45,6 +48,7 @@ from megatron_nucleus.training.ablation.suites import (
 )
 from megatron_nucleus.training.arguments import RunConfig, check
 from megatron_nucleus.training.initialize import run_shape
+from megatron_nucleus.training.stage_checks import check_buckets
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.config_files import read_yaml
 from megatron_nucleus.utils.errors import ConfigError, nearest
@@ -58,6 +62,15 @@ OWN_KEYS = (
     ("training", "init_optimizer"),
     ("data", "data_path"),
 )
+MIN_SEEDS = 3  # of a suite that does not say; with two, twice the standard error is hardly a bar
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """What the images of a suite's corpus are. buckets: aspect buckets. text_tokens: mean padded caption."""
+
+    buckets: tuple[str, ...]
+    text_tokens: int
 
 
 def read_suites(path: str | Path) -> dict[str, Suite]:
@@ -65,7 +78,8 @@ def read_suites(path: str | Path) -> dict[str, Suite]:
 
     Raises:
         ConfigError: unknown or missing keys, a setting that tools/train.py would refuse, a budget that pays for no
-            step, a derived arm whose source keeps too few checkpoints, fewer than two seeds.
+            step, a derived arm whose source keeps too few checkpoints, an arm whose images are no whole tokens or
+            fewer tokens than experts, fewer seeds than the suite's ``min_seeds``.
     """
     path = Path(path)
     document = _keys(read_yaml(path).values, str(path), required=("suites",))
@@ -78,9 +92,10 @@ def read_suites(path: str | Path) -> dict[str, Suite]:
 def _suite(path: Path, name: str, raw: dict) -> Suite:
     where = f"{path}: suites.{name}"
     required = ("base", "corpus", "text_tokens", "seeds", "arms")
-    optional = ("set", "budget_samples", "budget_flops", "evaluate", "baseline", "comparisons")
+    optional = ("set", "budget_samples", "budget_flops", "evaluate", "baseline", "comparisons", "min_seeds")
     raw = _keys(raw, where, required, optional)
-    seeds = check_seeds(raw["seeds"], f"{where}: seeds")
+    min_seeds = _min_seeds(raw.get("min_seeds", MIN_SEEDS), f"{where}: min_seeds")
+    seeds = check_seeds(raw["seeds"], f"{where}: seeds", min_seeds)
     baseline = str(raw.get("baseline", "baseline"))
     arms = {
         str(n): _mapping(v, f"{where}: arms.{n}") for n, v in _mapping(raw["arms"], f"{where}: arms").items()
@@ -88,10 +103,11 @@ def _suite(path: Path, name: str, raw: dict) -> Suite:
     if baseline not in arms:
         raise ConfigError(f"{where}: baseline: there is no arm '{baseline}'{nearest(baseline, arms)}")
     common = layered([_without_own(read_yaml(path.parent / str(raw["base"])).values), _changes(raw, where)])
-    text_tokens = _whole(raw["text_tokens"], f"{where}: text_tokens")
-    budget = _budget(raw, common, arms[baseline], text_tokens, where, baseline)
+    corpus, names = _corpus(raw["corpus"], f"{where}: corpus")
+    images = _Images(names, _whole(raw["text_tokens"], f"{where}: text_tokens"))
+    budget = _budget(raw, common, arms[baseline], images, where, baseline)
     trained = {
-        n: _trained_arm(n, arm, common, budget, text_tokens, f"{where}: arms.{n}")
+        n: _trained_arm(n, arm, common, budget, images, f"{where}: arms.{n}")
         for n, arm in arms.items()
         if "from" not in arm
     }
@@ -100,19 +116,29 @@ def _suite(path: Path, name: str, raw: dict) -> Suite:
         for n, arm in arms.items()
     }
     return Suite(
-        name, _corpus(raw["corpus"], f"{where}: corpus"), _evaluate(raw, where), text_tokens, budget, seeds,
+        name, corpus, _evaluate(raw, where), images.text_tokens, budget, seeds, min_seeds,
         baseline, built, _comparisons(raw, built, where),
     )  # fmt: skip
 
 
-def check_seeds(raw: object, label: str) -> tuple[int, ...]:
-    """Two or more different seeds: one run has no error bar."""
+def check_seeds(raw: object, label: str, min_seeds: int) -> tuple[int, ...]:
+    """At least ``min_seeds`` different seeds (ConfigError): few runs have a poor error bar, one has none."""
     seeds = cfg.coerce(raw, tuple[int, ...], label)
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"{label} {' '.join(map(str, seeds))}: each once")
-    if len(seeds) < 2:
-        raise ConfigError(f"{label} {' '.join(map(str, seeds))}: error bars need at least 2 seeds")
+    if len(seeds) < min_seeds:
+        trial = "; for a trial write min_seeds: 2 in the suite" if min_seeds > 2 else ""
+        raise ConfigError(
+            f"{label} {' '.join(map(str, seeds))}: error bars need at least {min_seeds} seeds{trial}"
+        )
     return seeds
+
+
+def _min_seeds(raw: object, label: str) -> int:
+    count = cfg.coerce(raw, int, label)
+    if count < 2:
+        raise ConfigError(f"{label} {count}: must be at least 2, one run has no error bar")
+    return count
 
 
 def layered(layers: Iterable[Mapping[str, dict | None]]) -> Sections:
@@ -129,21 +155,24 @@ def steps_for(budget_flops: float, flops_per_image: int, global_batch_size: int)
     return int(budget_flops // (flops_per_image * global_batch_size))
 
 
-def flops_per_image(run: RunConfig, text_tokens: int) -> int:
+def _flops_per_image(run: RunConfig, images: _Images, where: str) -> int:
     """Training FLOPs of one image of the square bucket.
 
     Raises:
-        ConfigError: more rows per expert than the image has tokens.
+        ConfigError: begins with ``where``; images that are no whole tokens, or with fewer tokens than experts or rows
+            per expert.
     """
-    shape, stride_px = _shape(run), _stride_px(run.encoders)
-    side = run.data.resolution_px // (stride_px * shape.patch_size)
-    try:
-        return flops.training_flops_per_image(shape, side * side, text_tokens)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    with _named(where):
+        shape, stride_px = _shape(run), _stride_px(run.encoders)
+        check_buckets(run, shape, images.buckets, stride_px * shape.patch_size)
+        side = run.data.resolution_px // (stride_px * shape.patch_size)
+        try:
+            return flops.training_flops_per_image(shape, side * side, images.text_tokens)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
-def _budget(raw: dict, common: Sections, baseline: dict, text_tokens: int, where: str, name: str) -> int:
+def _budget(raw: dict, common: Sections, baseline: dict, images: _Images, where: str, name: str) -> int:
     if ("budget_samples" in raw) == ("budget_flops" in raw):
         raise ConfigError(f"{where}: give exactly one of budget_samples and budget_flops")
     if "budget_flops" in raw:
@@ -153,10 +182,10 @@ def _budget(raw: dict, common: Sections, baseline: dict, text_tokens: int, where
     samples = _whole(raw["budget_samples"], f"{where}: budget_samples")
     label = f"{where}: arms.{name}"
     run = _resolve(layered([common, _changes(baseline, label)]), label)
-    return samples * flops_per_image(run, text_tokens)
+    return samples * _flops_per_image(run, images, label)
 
 
-def _trained_arm(name: str, raw: dict, common: Sections, budget: int, text_tokens: int, where: str) -> Arm:
+def _trained_arm(name: str, raw: dict, common: Sections, budget: int, images: _Images, where: str) -> Arm:
     raw = _keys(raw, where, optional=("set", "stages"))
     stages = raw.get("stages") or [{}]
     if not isinstance(stages, list):
@@ -169,20 +198,17 @@ def _trained_arm(name: str, raw: dict, common: Sections, budget: int, text_token
     for number, (stage, share) in enumerate(zip(stages, shares, strict=True)):
         label = f"{where}: stages[{number}]" if "stages" in raw else where
         values = layered([common, _changes(raw, where), _changes(stage, label)])
-        parts.append(_part(values, budget * share / sum(shares), text_tokens, label))
+        parts.append(_part(values, budget * share / sum(shares), images, label))
     return Arm(name, {k: raw[k] for k in raw}, tuple(parts))
 
 
-def _part(values: Sections, budget: float, text_tokens: int, where: str) -> Part:
+def _part(values: Sections, budget: float, images: _Images, where: str) -> Part:
     run = _resolve(values, where)
     if not run.validation.valid_samples:
         raise ConfigError(
             f"{where}: validation.valid_samples is 0: the bench compares losses of held-out images"
         )
-    try:
-        per_image = flops_per_image(run, text_tokens)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    per_image = _flops_per_image(run, images, where)
     batch = run.training.global_batch_size
     steps = steps_for(budget, per_image, batch)
     if steps < 1:
@@ -209,11 +235,10 @@ def _derived_arm(name: str, raw: dict, trained: dict[str, Arm], where: str) -> A
     merge = _keys(
         _mapping(raw["merge"], f"{where}: merge"), f"{where}: merge", ("last", "weights"), ("ema_decay",)
     )
-    last, decay = _whole(merge["last"], f"{where}: merge.last"), merge.get("ema_decay")
-    try:
+    last = _whole(merge["last"], f"{where}: merge.last")
+    decay = cfg.coerce(merge.get("ema_decay"), float | None, f"{where}: merge.ema_decay")
+    with _named(f"{where}: merge"):
         merge_weights(str(merge["weights"]), range(last), ema_decay=decay)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: merge: {error}") from error
     part = trained[source].parts[-1]
     if last > part.kept_checkpoints:
         raise ConfigError(
@@ -225,13 +250,10 @@ def _derived_arm(name: str, raw: dict, trained: dict[str, Arm], where: str) -> A
 
 def _resolve(values: Sections, where: str) -> RunConfig:
     """The configuration as tools/train.py would read it, with placeholders for what the bench gives."""
-    run = cfg.from_dict(
-        RunConfig, layered([values, {"data": {"data_path": "given by the bench"}}]), where=where
-    )
-    try:
+    given = layered([values, {"data": {"data_path": "given by the bench"}}])
+    with _named(where):
+        run = cfg.from_dict(RunConfig, given, where=where)
         check(run)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
     return run
 
 
@@ -249,13 +271,17 @@ def _stride_px(encoders: EncoderConfig) -> int:
     return build_codec(encoders.codec_spec()).stride_px
 
 
-def _corpus(raw: object, where: str) -> Corpus:
+def _corpus(raw: object, where: str) -> tuple[Corpus, tuple[str, ...]]:
+    """A corpus, and the aspect buckets that its scenes fall into."""
     raw = _keys(_mapping(raw, where), where, required=("count",), optional=("seed", "scenes", "curation"))
     sections = {name: _mapping(raw.get(name), f"{where}: {name}") for name in ("scenes", "curation")}
-    cfg.from_dict(_CorpusSections, {"scenes": sections["scenes"]}, where=where)
-    cfg.from_dict(curation_settings.Settings, sections["curation"], where=f"{where}: curation")
+    with _named(where):
+        scenes = cfg.from_dict(_CorpusSections, {"scenes": sections["scenes"]}, where=where).scenes
+    with _named(f"{where}: curation"):
+        cfg.from_dict(curation_settings.Settings, sections["curation"], where=f"{where}: curation")
     seed = cfg.coerce(raw.get("seed", 0), int, f"{where}: seed")
-    return Corpus(_whole(raw["count"], f"{where}: count"), seed, **sections)
+    names = dict.fromkeys(buckets.assign(*size_px) for size_px in scenes.sizes_px)
+    return Corpus(_whole(raw["count"], f"{where}: count"), seed, **sections), tuple(names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +291,8 @@ class _CorpusSections:
 
 def _evaluate(raw: dict, where: str) -> Sections:
     sections = _mapping(raw.get("evaluate"), f"{where}: evaluate")
-    cfg.from_dict(SceneEvaluation, sections, where=f"{where}: evaluate")
+    with _named(f"{where}: evaluate"):
+        cfg.from_dict(SceneEvaluation, sections, where=f"{where}: evaluate")
     return sections
 
 
@@ -299,6 +326,17 @@ def _without_own(values: Sections) -> Sections:
     }
 
 
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Begin the message of a ConfigError with suite and arm, unless it does so already."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(error).startswith(where):
+            raise
+        raise ConfigError(f"{where}: {error}") from error
+
+
 def _mapping(raw: object, where: str) -> dict:
     if raw is None:
         return {}
@@ -326,6 +364,6 @@ def _whole(raw: object, label: str) -> int:
 
 def _positive(raw: object, label: str) -> float:
     value = cfg.coerce(raw, float, label)
-    if not 0 < value < float("inf"):
+    if value <= 0:
         raise ConfigError(f"{label} {value}: must be above 0")
     return value

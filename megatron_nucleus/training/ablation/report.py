@@ -155,7 +155,7 @@ def _facts(suite: Suite, rows: list[dict]) -> str:
         f"Budget {suite.budget_flops:.3g} training FLOPs per run ({images:,} images of the baseline at "
         f"{part.values['data']['resolution_px']} px), seeds {', '.join(map(str, suite.seeds))}, "
         f"{' or '.join(map(str, pictures))} pictures per score. {_set(rows, 'hardware')}; torch "
-        f"{_set([row['versions'] for row in rows], 'torch')}; commit {_set(rows, 'commit')}."
+        f"{_set([row['versions'] for row in rows], 'torch')}; {_commits(rows)}."
     )
     if len(rows) < wanted:
         facts += f"\n\nNot finished: {wanted - len(rows)} of {wanted} rows are missing."
@@ -288,9 +288,26 @@ def _row(cells: Sequence[str]) -> str:
 
 def _set(rows: Sequence[Mapping], key: str) -> str:
     """The values that occur, each with its count where there are several."""
-    values = [str(row[key]) for row in rows]
+    return _kinds([str(row[key]) for row in rows])
+
+
+def _kinds(values: Sequence[str]) -> str:
     kinds = sorted(set(values))
     return kinds[0] if len(kinds) == 1 else "; ".join(f"{kind} ({values.count(kind)} rows)" for kind in kinds)
+
+
+def _commits(rows: Sequence[Mapping]) -> str:
+    """Which commits trained the weights and which scored them; rows from before these were told apart say so."""
+    trained, scored = [], []
+    for row in rows:
+        old = "trained_commits" not in row
+        trained.append("not recorded" if old else ", then ".join(map(str, row["trained_commits"])))
+        scored.append(str(row["commit"] if old else row["scored_commit"]))
+    if set(trained) == set(scored) and len(set(trained)) == 1:
+        return f"commit {trained[0]}"
+    return (
+        f"trained at commit {_kinds(trained)}; scored (derived arms: merged, too) at commit {_kinds(scored)}"
+    )
 
 
 def plan_table(suite: Suite) -> str:

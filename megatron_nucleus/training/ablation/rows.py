@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_nucleus.evaluation.scenes import SKILL_OF_TAG
 from megatron_nucleus.training.ablation.suites import Arm, Suite
 from megatron_nucleus.training.metrics import read_metrics
-from megatron_nucleus.training.run_folder import versions
+from megatron_nucleus.training.run_folder import training_commits, versions
 from megatron_nucleus.utils.errors import DataError
 from megatron_nucleus.utils.files import write_atomic
 from megatron_nucleus.utils.hardware import hardware
@@ -69,6 +69,15 @@ def make_row(
         runs: run folders of its parts, in order (of its source, for a derived arm).
         validated: row of metrics.jsonl that holds the arm's own validation.
         scores: `tools/evaluate.py scenes --json`. commands: everything that was run for it.
+
+    Returns:
+        among its keys ``trained_commits``, the commits of the program that trained the weights, in order, and
+        ``scored_commit``, that of the program now, which has just scored them (a derived arm's are merged and
+        validated right before, unless the bench was stopped in between). Rows from before these were told apart
+        hold ``commit`` alone, the commit when they were written.
+
+    Raises:
+        ConfigError, DataError: a run folder without a checkpoint, or a damaged one.
     """
     trained = suite.trained(arm)
     curve, cost = _history(trained, runs)
@@ -78,7 +87,8 @@ def make_row(
         "seed": seed,
         "key": suite.row_key(arm),
         "changes": arm.changes,
-        "commit": git_commit(),
+        "trained_commits": list(dict.fromkeys(c for run in runs for c in training_commits(run))),
+        "scored_commit": git_commit(),
         "versions": {name: versions()[name] for name in ("megatron_nucleus", "torch", "python")},
         "hardware": hardware(),
         "parameters": trained.parameters,

@@ -87,7 +87,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """Arms at one budget. arms: in the order of the file, sources before what derives from them."""
+    """Arms at one budget. arms: in the order of the file. min_seeds: fewer than these are refused."""
 
     name: str
     corpus: Corpus
@@ -95,6 +95,7 @@ class Suite:
     text_tokens: int
     budget_flops: int
     seeds: tuple[int, ...]
+    min_seeds: int
     baseline: str
     arms: dict[str, Arm]
     comparisons: tuple[Comparison, ...]

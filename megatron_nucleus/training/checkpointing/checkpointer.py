@@ -41,6 +41,7 @@ from megatron_nucleus.training.checkpointing.step_folders import (
     publish,
     settle_replaced,
     staging_folder,
+    weights_alone,
 )
 from megatron_nucleus.types import TrainState
 from megatron_nucleus.utils.errors import ConfigError, DataError
@@ -180,7 +181,7 @@ class Checkpointer:
             try:
                 if not self._control.on_first(lambda step=step: native.holds_optimizer(step)):
                     if not problems:
-                        raise ConfigError(f"{self.folder / 'latest'}: names {_weights_alone(step)}")
+                        raise ConfigError(f"{self.folder / 'latest'}: names {weights_alone(step)}")
                     continue
                 stored = self._load(step, state)
             except DataError as error:
@@ -322,14 +323,14 @@ class Checkpointer:
         whole = next((step for step in reversed(newer) if is_whole(step) and native.is_complete(step)), None)
         if whole is not None:
             return DataError(
-                f"{problem}; {whole}, which the run had left behind, is complete: to resume from it, run: "
-                f"echo {whole.name} > {self.folder / 'latest'}"
+                f"{problem}; {whole}, which the run had left behind, is complete: to resume from it, give the same "
+                f"command once with --set-latest {native.step_number(whole)}, then again without"
             )
         weights = [
             step for step in (*reversed(newer), *tried) if not is_whole(step) and native.is_complete(step)
         ]
         if weights:
-            return DataError(f"{problem}; what is complete is {_weights_alone(weights[0])}")
+            return DataError(f"{problem}; what is complete is {weights_alone(weights[0])}")
         return DataError(
             f"{problem}; no other complete checkpoint is in {self.folder}: restore the file, or start again in a "
             "new run folder"
@@ -338,13 +339,6 @@ class Checkpointer:
     def _warn(self, message: str) -> None:
         if self._control.rank == 0:
             log.warning("%s", message)
-
-
-def _weights_alone(step: Path) -> str:
-    return (
-        f"{step}, which holds weights and no optimizer state, so no run resumes from it; start a new run from it: "
-        f"--init-from {step} --run-dir NEW"
-    )
 
 
 def _tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:

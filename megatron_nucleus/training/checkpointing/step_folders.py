@@ -16,7 +16,8 @@ from collections.abc import Container
 from pathlib import Path
 
 from megatron_nucleus.export import native
-from megatron_nucleus.utils.errors import DataError
+from megatron_nucleus.utils.errors import ConfigError, DataError
+from megatron_nucleus.utils.files import exclusive
 from megatron_nucleus.utils.staging import fsync_folder
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,39 @@ def publish(target: Path) -> None:
     native.set_latest(folder, target)
     fsync_folder(folder)
     settle_replaced(folder)
+
+
+def choose_latest(run_dir: Path, step: int) -> Path:
+    """Point ``latest`` of a run at its checkpoint of ``step``: where it goes on when it is started the next time.
+
+    Later step folders stay until the run comes to their steps again. Sizes of files are checked, checksums when the
+    run starts.
+
+    Returns:
+        the step folder.
+
+    Raises:
+        ConfigError: no such checkpoint, one of weights alone, or a run that is going on. DataError: a damaged one.
+    """
+    folder = run_dir / "checkpoints"
+    steps = {native.step_number(path): path for path in native.list_steps(folder)}
+    if step not in steps:
+        there = f"those of steps {', '.join(map(str, steps))}" if steps else "none"
+        raise ConfigError(f"--set-latest {step}: {folder} holds no such checkpoint, but {there}")
+    with exclusive(run_dir, "--run-dir"):
+        if not native.holds_optimizer(steps[step]):
+            raise ConfigError(f"--set-latest {step}: {weights_alone(steps[step])}")
+        native.verify(steps[step], checksums=False)
+        native.set_latest(folder, steps[step])
+    return steps[step]
+
+
+def weights_alone(step: Path) -> str:
+    """What to do with a checkpoint without optimizer state, as the end of a message."""
+    return (
+        f"{step}, which holds weights and no optimizer state, so no run resumes from it; start a new run from it: "
+        f"--init-from {step} --run-dir NEW"
+    )
 
 
 def prune(folder: Path, keep_last: int, keep_last_weights: int | None, damaged: Container[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -199,6 +200,12 @@ def test_bad_shapes_are_named():
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"axes_dims_rope": (8, 8, 8)}, "axes_dims_rope"),
         ({"capacity_factors": (1.0, 2.0)}, "2 values for 4 layers"),
+        ({"route_scale": math.nan}, "model.route_scale: must be finite, got nan"),
+        ({"mlp_ratio": math.inf}, "model.mlp_ratio: must be finite, got inf"),
+        (
+            {"capacity_factors": (math.nan, 1.0, 1.0, 1.0)},
+            "model.capacity_factors: must be finite, got nan, 1.0",
+        ),
         ({"capacity_factors": (0.0,)}, "layer 1 has 0.0"),
         ({"capacity_factors": (9.0,)}, "layer 1 has 9.0"),
         ({"dense_moe_strategy": "all_moee"}, "did you mean all_moe"),

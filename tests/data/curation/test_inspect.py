@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -245,6 +246,64 @@ def test_colour_is_measured_where_it_may_decide(tmp_path, photo):
         assert got["dominant_colour_share"] == 1
         assert got["chroma_std"] < 1
     assert one(tmp_path, encoded(photo, "PNG"))["chroma_std"] is None
+
+
+def test_a_dropped_image_keeps_its_hash_and_the_size_that_its_header_says(tmp_path, photo):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    captioned = {"min_side_px": 256}
+    cases = {
+        "too_small": (encoded(photo.resize((200, 300)), "PNG"), captioned, (200, 300)),
+        "too_large": (encoded(photo, "JPEG", exif=turned), {"max_side_px": 500}, (400, 600)),
+        "extreme_aspect": (encoded(photo, "WEBP", exif=turned), {"max_aspect": 1.2}, (400, 600)),
+        "over_compressed": (encoded(photo, "JPEG", quality=3), captioned, (600, 400)),
+        "undecodable": (encoded(photo, "JPEG", exif=turned)[:-500], captioned, (400, 600)),
+        "animated": (encoded(photo, "GIF", save_all=True, append_images=[photo.rotate(180)]), captioned, (600, 400)),
+        "not_an_image": (b"<html>", captioned, (None, None)),
+        "empty_file": (b"", captioned, (None, None)),
+    }  # fmt: skip
+    for want, (payload, knobs, size) in cases.items():
+        got = one(tmp_path, payload, InspectConfig(**knobs))
+        assert got.reason == want
+        assert got.id == hashlib.sha256(payload).hexdigest()
+        assert (got.width_px, got.height_px) == size, want
+    got = one(tmp_path, encoded(photo, "JPEG"), sidecars=None)
+    assert (got.reason, got.width_px, got.height_px) == ("missing_caption", 600, 400)
+    assert one(tmp_path, b"", problem={"reason": "missing_file", "detail": "x"}) == Drop("missing_file", "x")
+    unread = one(tmp_path, encoded(photo, "PNG"), max_file_bytes=10)
+    assert (unread.reason, unread.id) == ("file_too_large", None)
+
+
+def test_damage_in_the_colours_alone_keeps_hash_and_size(tmp_path, monkeypatch):
+    def damaged(row):
+        raise images.UnusableImage("undecodable", "in the colours")
+
+    module = importlib.import_module(inspect.function.__module__)
+    monkeypatch.setattr(module, "_colours", damaged)
+    payload = encoded(Image.new("RGB", (300, 280), "navy"), "PNG")
+    assert one(tmp_path, payload) == Drop(
+        "undecodable", "in the colours", hashlib.sha256(payload).hexdigest(), 300, 280
+    )
+
+
+def test_the_quality_of_the_coding(tmp_path, photo):
+    def quality(picture: Image.Image, format: str, **options) -> float | None:
+        return one(tmp_path, encoded(picture, format, **options))["coding_quality"]
+
+    assert quality(photo, "JPEG", quality=95) == pytest.approx(95, abs=0.5)
+    assert quality(photo, "JPEG", quality=25) == pytest.approx(25, abs=0.5)
+    assert quality(photo, "WEBP", quality=80) == pytest.approx(80, abs=3)
+    for format, options in (
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        ("BMP", {}),
+        ("PPM", {}),
+    ):
+        assert quality(photo, format, **options) == 100, format
+    assert quality(photo, "TIFF", compression="jpeg") is None
+    for picture, format in ((photo.quantize(64), "PNG"), (photo, "GIF"), (photo.convert("1"), "PNG")):
+        assert quality(picture, format) is None, format
 
 
 def outcome(payload: bytes, draft_px: tuple[int, int] | None, grey: bool) -> str:

@@ -319,3 +319,13 @@ def test_the_default_recipe_on_photographs(tmp_path, photos):
     assert [row["tier"] for row in by_score] == sorted(row["tier"] for row in by_score)
     # Training reads it as any other.
     assert len(open_corpus(tmp_path / "out")) == len(rows)
+
+
+def test_the_same_bytes_are_not_packed_twice(tmp_path):
+    """Two samples of one key beside each other would be one sample to a WebDataset reader."""
+    photo = encode(Image.effect_noise((300, 300), 60).convert("RGB"))
+    write_captioned(tmp_path / "in", {"a.png": photo, "b.png": photo})
+    with pytest.raises(ConfigError, match=r"1 images are kept twice, byte for byte .*add exact_duplicates"):
+        curate(tmp_path / "in", tmp_path / "out", make_settings(["inspect"]))
+    result = curate(tmp_path / "in", tmp_path / "other", make_settings(["inspect", "exact_duplicates"]))
+    assert result["kept"] == 1

@@ -142,7 +142,10 @@ def test_running_again_says_complete_and_other_settings_are_refused(curated, odd
     assert not result["already_complete"]
     assert again["kept"] == result["kept"]
     assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
-    with pytest.raises(ConfigError, match="finished data set made differently"):
+    differs = (
+        r"finished data set made differently \(curation.max_shard_bytes: 200000 there, .* --update makes"
+    )
+    with pytest.raises(ConfigError, match=differs):
         curate(source, output, make_settings(min_side_px=100))
     extra = source / "one_more.png"
     extra.write_bytes(odd_files["grey.png"][0])

@@ -10,6 +10,7 @@ import pytest
 from megatron_nucleus.data.curation import recipe
 from megatron_nucleus.data.curation.recipe import BUILT_IN, RecipeConfig, StageList, load_stage, resolve
 from megatron_nucleus.data.curation.settings import Settings
+from megatron_nucleus.data.curation.stage import Drop
 from megatron_nucleus.data.curation.stages.blank import BlankConfig
 from megatron_nucleus.utils.config import to_dict
 from megatron_nucleus.utils.errors import ConfigError
@@ -63,7 +64,7 @@ def test_a_stage_of_ones_own_takes_its_settings_from_the_line(tmp_path):
     assert (names(lines), lines[1].spec) == (["inspect", "portraits"], f"{path}:portraits")
     assert settings.max_height_over_width == 1.5
     rows = [{"width_px": 10, "height_px": 14}, {"width_px": 10, "height_px": 16}]
-    assert stage.function(rows, settings) == [{}, ("tall_portrait", "")]
+    assert stage.function(rows, settings) == [{}, Drop("tall_portrait")]
     # Its version follows its settings.
     other = resolve(stages("inspect", f"{path}:portraits"), {})[1]
     assert other.load()[1].max_height_over_width == 1.8

@@ -445,7 +445,7 @@ heads: [...d.querySelectorAll("h2")].map(h => [h.id, h.getBoundingClientRect().h
 charts: [...d.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width)}});}}, 300));</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or chrome: apt-get install chromium")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_a_browser_shows_it_whole_at_any_width(made, tmp_path, width):
     path = tmp_path / "frame.html"

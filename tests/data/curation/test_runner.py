@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from megatron_nucleus.data.curation import corpus_stages
 from megatron_nucleus.data.curation import store as tables
 from megatron_nucleus.data.curation.engines.local import LocalEngine
 from megatron_nucleus.data.curation.recipe import Line
@@ -226,6 +227,8 @@ def test_a_stage_that_breaks_its_own_declaration_is_a_bug(tmp_path, function, me
         ("tuples", "stage nonsense: result 0 is a tuple"),
         ("detail", "stage nonsense: result 0 is Drop.* reason and detail are text"),
         ("reason", "stage nonsense: result 0 is Drop.* reason and detail are text"),
+        ("id", "stage nonsense: result 0 is Drop.* id too or None"),
+        ("size", "stage nonsense: result 0 is Drop.* width_px and height_px are whole numbers above 0"),
         ("float", "stage nonsense: column whole: 1.5 is no whole number"),
         ("text", "stage nonsense: column whole: 'one' is no whole number"),
         ("large", r"stage nonsense: column whole \(int64\): "),
@@ -235,6 +238,113 @@ def test_nonsense_from_a_stage_is_one_error_that_names_it(tmp_path, kind, messag
     lines = [line("nonsense", kind=kind)]
     with pytest.raises(ConfigError, match=message):
         run_all(make_run(tmp_path, lines), lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("reason", "careless, part-0: drops rows for 'strange', a reason that it does not declare"),
+        ("no reason", "careless, part-0: drops: 1 rows without reason"),
+        ("no detail", "careless, part-0: drops: 1 rows without detail"),
+        (
+            "foreign",
+            "careless, part-0: drops: position 4711 is not that of a row which reached the stage",
+        ),
+        (
+            "foreign change",
+            "careless, part-0: changes: position -1 is not that of a row which reached the stage",
+        ),
+        ("falling", "careless, part-0: changes: position 1 comes after 2; they must ascend"),
+        ("twice", "careless, part-0: drops: position 1 comes after 1; they must ascend, each of them once"),
+        (
+            "column",
+            r"careless, part-0: changes: has the columns \['hole', 'position'\], not \['position', 'whole'\]",
+        ),
+        ("no column", r"careless, part-0: drops: has the columns \['position', 'reason'\], not"),
+        ("text", "careless, part-0: changes: Failed to parse string: 'one'"),
+        ("fraction", "careless, part-0: changes: Float value 1.500000 was truncated"),
+        ("tuple", "careless, part-0: it yielded a tuple; it must be an Update of two tables"),
+        ("rows", "careless, part-0: it yielded a Update; it must be an Update of two tables"),
+        ("none", "careless, part-0: it yielded a NoneType; it must be an Update of two tables"),
+        ("few", "careless yielded 1 updates for 2 parts; it must be one per part"),
+        ("many", r"careless yielded more than one update per part \(2 parts\)"),
+        (
+            "nothing",
+            "careless: TypeError: it returned a NoneType; it must yield one Update per part$",
+        ),
+        ("raises", r"careless: ValueError: no idea \(toy_stages.py:\d+\)$"),
+        ("exit", r"careless: SystemExit: 3 \(toy_stages.py:\d+\)$"),
+    ],
+)
+def test_nonsense_from_a_corpus_stage_is_one_error_that_names_it(tmp_path, kind, message):
+    lines = [line("careless", kind=kind)]
+    run = make_run(tmp_path, lines, parts={"part-0": [1, 2, 3], "part-1": [4, 5, 6]})
+    with pytest.raises(ConfigError, match=f"^stage {message}"):
+        run_all(run, lines)
+    assert run.store.record(1, "part-1") is None
+
+
+def test_a_corpus_stage_that_keeps_its_promise_passes(tmp_path):
+    lines = [line("careless")]
+    run = make_run(tmp_path, lines, parts={"part-0": [1, 2, 3], "part-1": [4, 5, 6]})
+    (records,) = run_all(run, lines)
+    assert [r.counts["rejected"] for r in records] == [{"odd": 1}, {"odd": 1}]
+    assert column(run, 1, "whole") == [7, None, 7, None]
+
+
+def test_a_bug_in_a_built_in_corpus_stage_keeps_its_traceback(tmp_path, monkeypatch):
+    stage, _ = line("careless", kind="raises").load()
+    monkeypatch.setattr(stage.function, "__module__", corpus_stages.__name__)
+    run = make_run(tmp_path, [line("careless", kind="raises")])
+    with pytest.raises(ValueError, match="no\nidea") as caught:
+        run_all(run, [line("careless", kind="raises")])
+    assert caught.value.__notes__ == ["in stage careless"]
+
+
+def test_a_task_of_a_corpus_stage_that_ends_its_process_is_lost_alone(tmp_path):
+    """Those in flight beside it are run again, and the results stay in order."""
+    lines = [line("squares", poison=(3, 6))]
+    run = make_run(tmp_path, lines, workers=2)
+    (records,) = run_all(run, lines)
+    assert [r.counts["quarantined"] for r in records] == [{}, {}, {"process_crash": 1}, {"process_crash": 2}]
+    kept = [v for values in PARTS.values() for v in values if v not in (3, 6)]
+    assert column(run, 1, "value") == kept
+    assert column(run, 1, "square") == [v * v for v in kept]
+    dropped = run.store.dropped(1, "part-3").to_pylist()
+    assert [(d["item"], d["verdict"], d["detail"], d["retry"]) for d in dropped] == [
+        ("part-3/4", "quarantined", "the process ended", True),
+        ("part-3/7", "quarantined", "the process ended", True),
+    ]
+
+
+def test_a_corpus_stage_that_cannot_lose_a_task_says_so(tmp_path):
+    lines = [line("squares", poison=(1,), lost_too=False)]
+    message = "stage squares: 1 of its 4 tasks ended their process, also when run alone .*enough memory"
+    with pytest.raises(DataError, match=message):
+        run_all(make_run(tmp_path, lines, workers=2), lines)
+
+
+def test_more_than_a_few_lost_tasks_stop_a_corpus_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_stages, "_MAX_KILLERS", 1)
+    lines = [line("squares", poison=(0, 1, 2))]
+    with pytest.raises(DataError, match="stage squares: 2 of its 4 tasks ended their process"):
+        run_all(make_run(tmp_path, lines, workers=2), lines)
+
+
+def test_retrying_a_corpus_stage_makes_all_its_parts_again(tmp_path):
+    away = tmp_path / "away"
+    away.touch()
+    lines = [line("squares", poison=(3,), away=str(away))]
+    parts = {"part-0": [1, 2], "part-1": [3]}
+    (first,) = run_all(make_run(tmp_path / "work", lines, workers=2, parts=parts), lines)
+    assert [r.retry for r in first] == [0, 1]
+    away.unlink()
+    (plain,) = run_all(make_run(tmp_path / "work", lines, parts=parts), lines)
+    assert plain == first  # without being asked nothing is tried again
+    run = make_run(tmp_path / "work", lines, parts=parts, retry=True)
+    (again,) = run_all(run, lines)
+    assert [(r.retry, r.counts["kept"]) for r in again] == [(0, 2), (0, 1)]
+    assert column(run, 1, "square") == [1, 4, 9]
 
 
 def test_a_stage_that_calls_exit_costs_the_row(tmp_path):

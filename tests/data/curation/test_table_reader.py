@@ -295,6 +295,48 @@ def test_columns_named_in_the_settings_are_the_only_ones_that_count(tmp_path):
             ReadersConfig(table_separator=wrong)
 
 
+NAMED = {  # a column that no table has, as set -> the setting as the error names it
+    "table_path_column": "--table-path-column wehre",
+    "table_caption_column": "--table-caption-column wehre",
+    "table_url_column": "--table-url-column wehre",
+    "table_licence_column": "--table-licence-column wehre",
+    "table_attribution_column": "--table-attribution-column wehre",
+}
+
+
+@pytest.mark.parametrize(("setting", "named"), list(NAMED.items()))
+def test_a_named_column_that_no_table_has_is_an_error(tmp_path, setting, named):
+    config = ReadersConfig(**{setting: "wehre"})
+    put(tmp_path, {"a.jpg": b"A", "a.txt": "t"})
+    with pytest.raises(
+        ConfigError, match=f"{named}: no table .*; there is no file of the kinds csv, tsv, jsonl, p"
+    ):
+        readers.scan(tmp_path, config)
+    put(tmp_path, {"one.csv": "where,blip\na.jpg,a dog\n", "two.tsv": "id\tscore\n1\t2\n"})
+    with pytest.raises(
+        ConfigError, match=f"{named}: no table .*one.csv: .* has where, blip; two.tsv: .* has id, sc"
+    ):
+        readers.scan(tmp_path, config)
+    assert readers.scan(tmp_path).tables == 0  # without the setting they are other tables, named in warnings
+
+
+def test_a_named_column_counts_where_some_table_has_it(tmp_path):
+    """Other tables are left where they are; a damaged one may have the column, and is quarantined."""
+    put(tmp_path, {"a.jpg": b"A", "list.csv": "where,text\na.jpg,a dog\n", "other.csv": "id,score\n1,2\n"})
+    scan = readers.scan(tmp_path, ReadersConfig(table_path_column="where"))
+    assert (scan.tables, scan.rows) == (1, 1)
+    assert [w.split(":")[0] for w in scan.warnings] == ["other.csv"]
+    put(tmp_path, {"list.csv": "where\n".encode("utf-16")})
+    assert readers.scan(tmp_path, ReadersConfig(table_path_column="where")).tables == 1
+    (tmp_path / "list.csv").unlink()
+    write_parquet(tmp_path / "00000.parquet", {"key": ["0"], "status": ["success"], "caption": ["x"]})
+    put(tmp_path, {"00000/0.jpg": b"B"})
+    with pytest.raises(
+        ConfigError, match="00000.parquet: img2dataset's record of a download; other.csv: no column"
+    ):
+        readers.scan(tmp_path, ReadersConfig(table_caption_column="caption"))
+
+
 def test_headers_that_are_ambiguous_or_hold_no_paths(tmp_path):
     put(tmp_path, {"list.csv": "path,text,text\na.jpg,x,y\n"})
     with pytest.raises(ConfigError, match="list.csv: two columns named 'text'"):

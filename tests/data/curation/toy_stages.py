@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from megatron_nucleus.data.curation.engines import WorkerDied
 from megatron_nucleus.data.curation.stage import DROPS_SCHEMA, Drop, Update, corpus_stage, row_stage
 from megatron_nucleus.data.curation.store import POSITION
 from megatron_nucleus.utils.config import knob
@@ -70,7 +71,8 @@ class WidthsConfig:
 
     unreachable: str = knob("", "while this file exists, even widths fail for a passing reason")
     calls: str = knob("", "file that gets a line per call: the widths")
-    EXECUTION = ("calls",)
+    refused: str = knob("", "while this file exists, the server refuses the key")
+    EXECUTION = ("calls", "refused")
 
 
 @row_stage(
@@ -80,6 +82,8 @@ def widths(rows, config):
     """A stage for real pictures."""
     with open(config.calls, "a") as file:
         file.write(" ".join(str(row["width_px"]) for row in rows) + "\n")
+    if config.refused and Path(config.refused).exists():
+        raise ConfigError("the server refuses the key")
     away = Path(config.unreachable).exists()
     return [
         Drop("no_answer", "the server is away") if away and row["width_px"] % 2 == 0 else {"wide": True}
@@ -123,6 +127,43 @@ def ranks(corpus, config):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SquaresConfig:
+    """Which tasks of a corpus stage end their process."""
+
+    poison: tuple[int, ...] = knob((), "values whose square takes the process down")
+    away: str = knob("", "only while this file exists; none: always")
+    lost_too: bool = knob(True, "false: a lost task stops the stage")
+
+
+@corpus_stage(SquaresConfig, reads=("value",), adds={"square": pa.int64()}, rejects=("repeated",))
+def squares(corpus, config):
+    """Squares values in tasks of one value each; drops those whose task ended its process."""
+    poison = () if config.away and not Path(config.away).exists() else config.poison
+    for part in corpus.parts:
+        rows = corpus.read(part, ["value"])
+        tasks = [(value, value in poison) for value in rows["value"].to_pylist()]
+        results = list(corpus.map(poisonous_square, tasks, lost_too=config.lost_too))
+        drops, changes = [], []
+        for position, result in zip(rows["position"].to_pylist(), results, strict=True):
+            if isinstance(result, WorkerDied):
+                drops.append({"position": position, "reason": "process_crash", "detail": result.detail})
+            else:
+                changes.append({"position": position, "square": result})
+        schema = pa.schema([POSITION, ("square", pa.int64())])
+        yield Update(
+            pa.Table.from_pylist(drops, schema=DROPS_SCHEMA), pa.Table.from_pylist(changes, schema=schema)
+        )
+
+
+def poisonous_square(task):
+    """A task of `squares`."""
+    value, deadly = task
+    if deadly:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value * value
+
+
 def square(number):
     """A task of `ranks`."""
     return number, number * number
@@ -163,4 +204,53 @@ def nonsense(rows, config):
         "tuples": [("whole", 1)] * len(rows),
         "detail": [Drop("odd", 5)] * len(rows),
         "reason": [Drop(None)] * len(rows),
+        "id": [Drop("odd", id=7)] * len(rows),
+        "size": [Drop("odd", width_px=0)] * len(rows),
     }.get(config.kind, results)
+
+
+@dataclasses.dataclass(frozen=True)
+class CarelessConfig:
+    """What a careless corpus stage yields."""
+
+    kind: str = knob("good", "which nonsense")
+
+
+@corpus_stage(CarelessConfig, reads=("value",), adds={"whole": pa.int64()}, rejects=("odd",))
+def careless(corpus, config):
+    """Breaks the promise of a corpus stage in many ways."""
+    if config.kind == "nothing":
+        return None
+    return _careless(corpus, config.kind)
+
+
+def _careless(corpus, kind):
+    if kind == "raises":
+        raise ValueError("no\nidea")
+    if kind == "exit":
+        sys.exit(3)
+    yielded = {
+        "reason": _update([0], reason="strange"),
+        "no reason": _update([0], reason=None),
+        "no detail": _update([0], detail=None),
+        "foreign": _update([4711]),
+        "foreign change": _update([], [-1]),
+        "falling": _update([], [2, 1]),
+        "twice": _update([1, 1]),
+        "column": Update(_update([]).drops, pa.table({"position": [0], "hole": [1]})),
+        "no column": Update(_update([]).drops.drop_columns("detail"), _update([]).changes),
+        "text": Update(_update([]).drops, pa.table({"position": [0], "whole": ["one"]})),
+        "fraction": Update(_update([]).drops, pa.table({"position": [0], "whole": [1.5]})),
+        "tuple": tuple(_update([])),
+        "rows": Update([], []),
+        "none": None,
+    }.get(kind, _update([0], [1]))
+    parts = len(corpus.parts) + {"few": -1, "many": 1}.get(kind, 0)
+    for _ in range(parts):
+        yield yielded
+
+
+def _update(gone, changed=(), reason="odd", detail=""):
+    drops = [{"position": at, "reason": reason, "detail": detail} for at in gone]
+    changes = {"position": pa.array(changed, pa.int32()), "whole": pa.array([7] * len(changed), pa.int64())}
+    return Update(pa.Table.from_pylist(drops, schema=DROPS_SCHEMA), pa.table(changes))

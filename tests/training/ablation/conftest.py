@@ -45,6 +45,11 @@ if program == "train":
             "valid_routing": None if dense else {"mean/spread_ratio": 0.9 + 0.1 * (args.seed % 1000)},
         })
     (args.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    commit = pathlib.Path("commit").read_text()
+    start = {"step": 0, "samples_seen": 0, "git_commit": commit, "versions": {}, "changed": {}}
+    config = args.run_dir / "config.yaml"
+    if not config.exists():  # a finished run is left as it is
+        config.write_text(yaml.safe_dump({"config": {}, "git_commit": commit, "starts": [start]}))
 elif program == "evaluate":
     skills = dict.fromkeys(
         ("single_object", "two_objects", "counting", "colors", "position", "color_attribution"), 0.5
@@ -68,6 +73,7 @@ def tiny_document() -> dict:
                 "text_tokens": 20,
                 "budget_samples": 640,
                 "seeds": [0, 1],
+                "min_seeds": 2,
                 "arms": {
                     "baseline": {},
                     "dense": {"set": {"model": {"dense_moe_strategy": "all_dense", "mlp_ratio": 4.0}}},
@@ -119,4 +125,5 @@ def programs(tmp_path) -> Path:
     (root / "tools").mkdir(parents=True)
     for name in ("make_scenes", "curate", "train", "evaluate", "merge_checkpoints"):
         (root / "tools" / f"{name}.py").write_text(FAKE)
+    (root / "commit").write_text("c1")  # of the program train
     return root

@@ -7,8 +7,10 @@ import math
 import time
 
 import pytest
+import yaml
 
 from megatron_nucleus.training.ablation import figures
+from megatron_nucleus.training.ablation import rows as ablation_rows
 from megatron_nucleus.training.ablation.bench import PART_SEED, Bench
 from megatron_nucleus.training.ablation.plan import read_suites
 from megatron_nucleus.training.ablation.report import write_report
@@ -76,6 +78,7 @@ def test_rows_hold_what_a_run_was(programs, suites):
     assert whole[:2] == [640, 640 * part.flops_per_image]
     assert (row["train_s"], row["counted_flops"]) == (40.0, pytest.approx(40.0 * 1e6))
     assert row["scores"]["mean"] == 0.5
+    assert row["trained_commits"] == ["c1"]
     assert row["commands"][0].startswith("python tools/train.py --config out/runs/tiny/baseline-")
     ladder = found["ladder", 0]
     parts = suite.arms["ladder"].parts
@@ -89,6 +92,73 @@ def test_rows_hold_what_a_run_was(programs, suites):
     assert merged["valid_curve"] == []
     assert merged["planned_flops"] == suite.budget_flops
     assert len(merged["commands"]) == 4
+
+
+def finished_run(folder, *commits):
+    """A run folder as far as a row reads it, trained by programs of these commits."""
+    folder.mkdir(parents=True)
+    starts = [{"step": 5 * i, "git_commit": commit} for i, commit in enumerate(commits)]
+    (folder / "config.yaml").write_text(yaml.safe_dump({"config": {}, "starts": starts}))
+    metrics = {
+        "step": 10,
+        "samples_seen": 80,
+        "step_s": 0.5,
+        "model_tflops_per_device": 1.0,
+        "valid_loss": 0.5,
+    }
+    (folder / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    return folder
+
+
+def test_rows_tell_the_commits_that_trained_from_the_one_that_scored(suites, monkeypatch, tmp_path):
+    suite = suites["tiny"]
+    runs = {
+        "baseline": [finished_run(tmp_path / "a", "c1")],
+        "ladder": [finished_run(tmp_path / "b", "c1", "c2"), finished_run(tmp_path / "c", "c3")],
+    }
+    runs["merged"] = runs["baseline"]
+    scores = dict.fromkeys(("mean", *ablation_rows.SKILLS), 0.5) | {"samples": 12}
+    validated = {"valid_loss": 0.5, "valid_loss_by_sigma": {"0.5": 0.5}}
+    monkeypatch.setattr(ablation_rows, "git_commit", lambda: "c9")
+    found = ablation_rows.Rows(tmp_path)
+    for name, folders in runs.items():
+        arm = suite.arms[name]
+        found.add(ablation_rows.make_row(
+            suite, arm, suite.seeds[0], runs=folders, validated=validated, scores=scores, commands=[]
+        ))  # fmt: skip
+    trained = {"baseline": ["c1"], "ladder": ["c1", "c2", "c3"], "merged": ["c1"]}
+    assert {row["arm"]: row["trained_commits"] for row in found.all} == trained
+    assert [(row["scored_commit"], "commit" in row) for row in found.all] == 3 * [("c9", False)]
+    write_report(tmp_path / "report", [suite], ablation_rows.Rows(tmp_path), "c")
+    assert (
+        "; trained at commit c1 (2 rows); c1, then c2, then c3 (1 rows); scored (derived arms: merged, too) at "
+        "commit c9.\n" in (tmp_path / "report" / "README.md").read_text()
+    )
+
+
+def test_rows_of_before_are_finished_and_do_not_claim_to_know_what_trained_them(
+    suites, monkeypatch, tmp_path
+):
+    suite, found = suites["tiny"], ablation_rows.Rows(tmp_path)
+    folders = [finished_run(tmp_path / "a", "c1")]
+    scores = dict.fromkeys(("mean", *ablation_rows.SKILLS), 0.5) | {"samples": 12}
+    validated = {"valid_loss": 0.5, "valid_loss_by_sigma": {"0.5": 0.5}}
+    monkeypatch.setattr(ablation_rows, "git_commit", lambda: "c1")
+    for seed in suite.seeds[:2]:
+        found.add(ablation_rows.make_row(
+            suite, suite.arms["dense"], seed, runs=folders, validated=validated, scores=scores, commands=[]
+        ))  # fmt: skip
+    write_report(tmp_path / "new", [suite], found, "c")
+    assert "; commit c1.\n" in (tmp_path / "new" / "README.md").read_text()
+    old = found.all[0]
+    old["commit"] = old.pop("scored_commit")
+    del old["trained_commits"]
+    found.add(found.all.pop())  # writes all
+    again = ablation_rows.Rows(tmp_path)
+    assert again.find(suite, suite.arms["dense"], suite.seeds[0]) == old
+    write_report(tmp_path / "old", [suite], again, "c")
+    text = "; trained at commit c1 (1 rows); not recorded (1 rows); scored (derived arms: merged, too) at commit c1.\n"
+    assert text in (tmp_path / "old" / "README.md").read_text()
 
 
 def test_changed_settings_run_again_and_are_never_mixed(programs, suites, write, document):

@@ -107,6 +107,20 @@ def _set(path: str, value: object):
         ("arms/ladder/stages", 3, "arms.ladder: stages: expected a list"),
         ("seeds", [4], "seeds 4: error bars need at least 2 seeds"),
         ("seeds", [4, 4], "seeds 4 4: each once"),
+        ("min_seeds", None, "seeds 0 1: error bars need at least 3 seeds; for a trial write min_seeds: 2"),
+        ("min_seeds", 1, "suites.tiny: min_seeds 1: must be at least 2"),
+        ("arms/ladder/set", {"model": {"num_experts": 64}},
+         r"suites.tiny: arms.ladder: stages\[0\]: --num-experts 64: bucket 1024x1024 at --resolution-px 32 has 16 "),
+        ("arms/dense/set/data", {"resolution_px": 36},
+         "suites.tiny: arms.dense: --resolution-px 36 is not a positive multiple of 8"),
+        ("arms/dense/set/validation", {"valid_resolutions_px": [36]},
+         "suites.tiny: arms.dense: --valid-resolutions-px 36 is not a positive multiple of 8"),
+        ("set/data", {"resolution_px": 36}, "suites.tiny: arms.baseline: --resolution-px 36 is not a positive"),
+        ("set/model", {"num_experts": 17}, "suites.tiny: arms.baseline: --num-experts 17: bucket 1024x1024 at"),
+        ("arms/dense/set/data", {"caption_drop_frac": 2}, "suites.tiny: arms.dense: caption_drop_frac 2.0: between"),
+        ("arms/dense/set/flow", {"sigma_std": float("nan")}, r"arms.dense: flow.sigma_std: expected a finite number"),
+        ("arms/merged/merge/ema_decay", "fast", "arms.merged: merge.ema_decay: expected a number, got 'fast'"),
+        ("corpus/scenes", {"scene_sizes": ["3x3"]}, "suites.tiny: corpus: --scene-sizes 3x3: both sides"),
         ("budget_flops", 1e9, "give exactly one of budget_samples and budget_flops"),
         ("budget_samples", 4, "pay for no step"),
         ("set/validation/valid_samples", 0, "validation.valid_samples is 0"),
@@ -133,3 +147,15 @@ def test_the_example_compares_dense_and_moe_of_the_same_active_size():
             spent = sum(part.flops for part in arm.parts)
             assert arm.source or 0.995 < spent / suite.budget_flops <= 1
         assert suite.arms["coupled"].parts[0].shape.decoupled_routing is False
+
+
+def test_experts_need_tokens_in_every_bucket_of_the_scenes(read, document):
+    """16 experts fit the square bucket of 32 px; the widest has 40 x 24 px, 15 tokens, where scenes are that wide."""
+    suite = document["suites"]["tiny"]
+    suite["set"]["model"] = {"num_experts": 16}
+    assert read(document)["tiny"].arms["baseline"].parts[0].shape.num_experts == 16
+    suite["corpus"]["scenes"] = {"scene_sizes": ["32x32", "56x32"]}
+    with pytest.raises(
+        ConfigError, match=r"arms.baseline: --num-experts 16: bucket 1344x768 at .* has 15 image"
+    ):
+        read(document)

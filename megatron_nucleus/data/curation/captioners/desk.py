@@ -107,6 +107,20 @@ def identity(settings: CaptionerConfig) -> str:
     return ""
 
 
+def check(settings: CaptionerConfig) -> None:
+    """Find what would fail every caption before there is work; asks no server and opens no model.
+
+    Raises:
+        ConfigError: the key's variable is empty, urllib3 is missing, or the file has no such class.
+    """
+    if settings.captioner == "http":
+        from megatron_nucleus.data.curation.captioners.openai_http import check_surroundings
+
+        check_surroundings(settings)
+    elif ".py:" in settings.captioner:
+        _class_of(settings)
+
+
 def gpus(settings: CaptionerConfig) -> float:
     """GPUs that one worker needs; ``device: auto`` uses one where there is one and asks for none."""
     return 1.0 if settings.captioner == "transformers" and settings.device == "cuda" else 0.0

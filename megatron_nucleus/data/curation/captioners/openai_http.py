@@ -303,6 +303,16 @@ def _retry_after_s(value: str | None, now_s: float) -> float | None:
     return max(0.0, seconds) if seconds == seconds else None
 
 
+def check_surroundings(settings: CaptionerConfig) -> None:
+    """What `HttpCaptioner` needs of this process; connects to nothing.
+
+    Raises:
+        ConfigError: as `HttpCaptioner`.
+    """
+    _read_key(settings, os.environ)
+    _connect(settings.endpoint or "", settings)
+
+
 def _read_key(settings: CaptionerConfig, environ: Mapping[str, str]) -> str:
     name = settings.api_key_env
     if name is None:

@@ -2,7 +2,7 @@
 
     found = search(hashes, folder, SearchConfig(memory_bytes=2 << 30))     # pairs of rows
     rows = np.unique([found.pairs["low"], found.pairs["high"]])            # the only ones that need a rank
-    order = rows[keep_order(licence_known[rows], pixels[rows], score[rows], captions[rows], ids[rows])]
+    order = rows[keep_order(Candidates(licence_known[rows], pixels[rows], ...))]     # what the best of them is
     clusters = star_clusters(found.pairs, order, hash_check(phash256))     # who stands for whom
 
 Works on arrays and files alone; reading and writing columns is the stage's part.
@@ -16,7 +16,7 @@ from megatron_nucleus.data.curation.near_duplicates.forecast import (
     rates_of,
     sample_rates,
 )
-from megatron_nucleus.data.curation.near_duplicates.keep import keep_order
+from megatron_nucleus.data.curation.near_duplicates.keep import Candidates, keep_order
 from megatron_nucleus.data.curation.near_duplicates.keys import layout
 from megatron_nucleus.data.curation.near_duplicates.partitions import PAIR
 from megatron_nucleus.data.curation.near_duplicates.search import (
@@ -30,6 +30,7 @@ from megatron_nucleus.data.curation.near_duplicates.verify import Check, cosine_
 
 __all__ = [
     "PAIR",
+    "Candidates",
     "Check",
     "Clusters",
     "Found",

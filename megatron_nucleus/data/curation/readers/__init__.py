@@ -124,7 +124,8 @@ def scan(root: str | Path, config: ReadersConfig | None = None) -> Scan:
     names), not with the rows of tables.
 
     Raises:
-        ConfigError: no such folder, or a table with captions and URLs but without a column of image files.
+        ConfigError: no such folder; a table with captions and URLs but without a column of image files; or columns
+            named in ``config`` that no table has.
     """
     config = config or ReadersConfig()
     base = _check_root(root)
@@ -220,23 +221,27 @@ def _look_at_tables(root: str, paths: list[bytes], stems: set[bytes], config: Re
     spans: list[TableSpan] = []
     damaged: list[tuple[bytes, str]] = []
     records: set[bytes] = set()
-    warnings = []
+    warnings, passed_over = [], []
     count = 0
     for path in (p for p in paths if extension(p) in tables.KINDS):
         stem = os.path.splitext(path)[0]
         if extension(path) == "parquet" and stem in stems:
-            records.add(path)
-            continue
-        found = tables.find_table(root, path, config, ROWS_PER_TASK, files, stem in folders)
+            found = tables.Found(is_record=True)
+        else:
+            found = tables.find_table(root, path, config, ROWS_PER_TASK, files, stem in folders)
         if found.is_record:
             records.add(path)
+            passed_over.append(f"{readable(path)}: img2dataset's record of a download")
         elif found.ignored is not None:
             warnings.append(f"{readable(path)}: no table of images, ignored ({found.ignored})")
+            passed_over.append(f"{readable(path)}: {found.ignored}")
         else:
             count += 1
             spans += found.spans
             if found.damage is not None:
                 damaged.append((path, found.damage))
+    if not count:
+        tables.check_named(config, passed_over)
     return _Contents(spans, damaged, records, files.named, tuple(warnings), count)
 
 

@@ -174,3 +174,25 @@ def parquet_schema(file: BinaryIO) -> tuple[pa.Schema, int]:
     """
     table = pq.ParquetFile(file)
     return table.schema_arrow, table.metadata.num_rows
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, plain or as a dictionary."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes, alone or inside lists and structs."""
+    checks = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_fixed_size_binary,
+        pa.types.is_binary_view,
+    )
+    if pa.types.is_struct(kind):
+        return any(is_binary(kind.field(i).type) for i in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return is_binary(kind.value_type)
+    return any(check(kind) for check in checks)

@@ -6,8 +6,9 @@ named in the settings. The other columns are metadata, except binary ones, which
 says nothing. A cell of a text table's column ``captions`` may be a JSON list.
 
 A file with both captions and URLs but no paths is an error: the images were not downloaded, or their column has another
-name. A file with neither is ignored, with a warning. img2dataset's ``00000.parquet`` beside its tar or folder of the
-same name is a record of the download, no table.
+name. A file with neither is ignored, with a warning; columns named in the settings while no table is left are an error
+(`check_named`). img2dataset's ``00000.parquet`` beside its tar or folder of the same name is a record of the download,
+no table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -27,7 +28,14 @@ import pyarrow as pa
 from megatron_nucleus.data.curation.captions import PROVENANCE_KEYS
 from megatron_nucleus.data.curation.readers.items import Item, Reference, extension, readable
 from megatron_nucleus.data.curation.readers.places import NamedFiles, Places
-from megatron_nucleus.data.curation.readers.rows import Row, parquet_rows, parquet_schema, text_rows
+from megatron_nucleus.data.curation.readers.rows import (
+    Row,
+    is_binary,
+    is_text,
+    parquet_rows,
+    parquet_schema,
+    text_rows,
+)
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -35,6 +43,13 @@ KINDS = {"csv": "csv", "tsv": "csv", "jsonl": "jsonl", "parquet": "parquet"}  # 
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "local_path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "alt")
 _ALIASES = {"path": PATH_COLUMNS, "caption": CAPTION_COLUMNS, **PROVENANCE_KEYS}
+_KNOBS = {  # of `ReadersConfig`, by role
+    "path": "table_path_column",
+    "caption": "table_caption_column",
+    "source_url": "table_url_column",
+    "licence": "table_licence_column",
+    "attribution": "table_attribution_column",
+}
 _SIDECAR_SUFFIXES = (b".json", b".JSON", b".txt", b".TXT")  # of files beside one that a row names
 _RECORD_COLUMNS = {"key", "status"}  # of the table that img2dataset writes beside its output
 
@@ -70,13 +85,7 @@ class ReadersConfig:
 
     def named(self) -> dict[str, str]:
         """Role -> column, of those that are set."""
-        given = {
-            "path": self.table_path_column,
-            "caption": self.table_caption_column,
-            "source_url": self.table_url_column,
-            "licence": self.table_licence_column,
-            "attribution": self.table_attribution_column,
-        }
+        given = {role: getattr(self, name) for role, name in _KNOBS.items()}
         return {role: column for role, column in given.items() if column is not None}
 
 
@@ -174,6 +183,25 @@ def _check_roles(label: str, columns: list[str], config: ReadersConfig) -> dict[
     return roles
 
 
+def check_named(config: ReadersConfig, passed_over: Sequence[str]) -> None:
+    """Refuse columns named in the settings when the input has no table of images: a misspelt name would leave out
+    every table. Where there are such tables, `find_table` says which of the columns one of them lacks.
+
+    Args:
+        passed_over: for every file of a table's kind that is no table of images, its name, why, and its columns.
+
+    Raises:
+        ConfigError: naming the setting and the columns there are.
+    """
+    for role, column in config.named().items():
+        flag = "--" + _KNOBS[role].replace("_", "-")
+        there = "; ".join(passed_over)[:1000] or f"there is no file of the kinds {', '.join(KINDS)}"
+        raise ConfigError(
+            f"{flag} {column}: no table of images in the input has that column; {there}; name a column of a table, or "
+            "leave the setting out"
+        )
+
+
 def find_table(
     root: str, path: bytes, config: ReadersConfig, rows_per_span: int, files: NamedFiles, beside_folder: bool
 ) -> Found:
@@ -208,13 +236,13 @@ def _find_parquet(
     if roles is None:
         return Found(ignored=f"no column of image files; has {', '.join(schema.names)[:300]}")
     paths = roles["path"]
-    if not _is_text(schema.field(paths).type):
+    if not is_text(schema.field(paths).type):
         raise ConfigError(
             f"{label}: column {paths} holds {schema.field(paths).type}, not paths; name the column of image files with "
             "--table-path-column"
         )
     spans = []
-    columns = tuple(field.name for field in schema if not _is_binary(field.type))
+    columns = tuple(field.name for field in schema if not is_binary(field.type))
     for first in range(0, count, rows_per_span):
         rows = min(rows_per_span, count - first)
         spans.append(span._replace(first=first + 1, rows=rows, columns=columns))
@@ -378,26 +406,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    checks = (
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_fixed_size_binary,
-        pa.types.is_binary_view,
-    )
-    if pa.types.is_struct(kind):
-        return any(_is_binary(kind.field(i).type) for i in range(kind.num_fields))
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _is_binary(kind.value_type)
-    return any(check(kind) for check in checks)
 
 
 def _one_line(error: Exception) -> str:

@@ -37,7 +37,7 @@ def write(
     """Write `REPORT` and `FUNNEL` into ``output``.
 
     Args:
-        settings: `settings.Settings`. counts: of the manifest. results: `pipeline.StageResult` of every stage, the
+        settings: `settings.Settings`. counts: of the manifest. results: `results.StageResult` of every stage, the
             list of items first. packed: `pack.PackedSet`, None when nothing was kept.
     """
     gathered = gather.gather(run.store, run.parts, run.lines, packed.moved if packed is not None else {})

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 def steps_of(results: Sequence[Any]) -> list[Step]:
-    """One step per stage, in order. results: `pipeline.StageResult`, the first of them the list of items."""
+    """One step per stage, in order. results: `results.StageResult`, the first of them the list of items."""
     seen = results[0].counts["kept"]
     steps = []
     for result in results[1:]:

@@ -2,30 +2,33 @@
 
 Bytes are compared by their sha256. Pixels are compared where the key of the reduced picture is the same: those files
 are decoded once more in full (`images.decode`, so as displayed and in sRGB) and compared by the sha256 of all pixels.
-In memory: 16 bytes per image, and the columns of candidates.
+A picture that takes the decoder's process down is quarantined, alone, as in a row stage. In memory: 16 bytes per image,
+and the columns of candidates.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_nucleus.data.curation import duplicates
+from megatron_nucleus.data.curation import duplicates, picture_tasks
+from megatron_nucleus.data.curation.engines import WorkerDied
+from megatron_nucleus.data.curation.picture_tasks import PictureTask, map_pictures
+from megatron_nucleus.data.curation.row_part import CRASHED
 from megatron_nucleus.data.curation.stage import (
+    DROPS_SCHEMA,
     REFERENCE_COLUMNS,
     NoSettings,
-    PayloadSource,
     Update,
     corpus_stage,
 )
 from megatron_nucleus.data.curation.store import Corpus
 from megatron_nucleus.data.images import UnusableImage, quiet_decoding
 
-_CANDIDATES_PER_TASK = 64
+_CRASHED = -2  # label of a picture that ended the process; -1: no candidate
 _REASONS = (
     ("exact_duplicate", "the same bytes as {item}"),
     ("pixel_duplicate", "the same pixels as {item}"),
@@ -37,7 +40,7 @@ _REASONS = (
     reads=(*duplicates.READS, *REFERENCE_COLUMNS, "pixel_key"),
     adds=duplicates.ADDS,
     rejects=tuple(reason for reason, _ in _REASONS),
-    modules=(duplicates,),
+    modules=(duplicates, picture_tasks),
 )
 def exact_duplicates(corpus: Corpus, settings: NoSettings) -> Iterator[Update]:
     """Keep one row per content; see the module docstring."""
@@ -45,7 +48,25 @@ def exact_duplicates(corpus: Corpus, settings: NoSettings) -> Iterator[Update]:
     rows = np.flatnonzero(_repeated(ids) | _repeated(pixels))
     label = np.full(len(ids), -1, np.int64)
     label[rows] = _labels(corpus, rows)
-    yield from duplicates.merge(corpus, _clusters(corpus, rows, label))
+    crashed = rows[label[rows] == _CRASHED]
+    updates = duplicates.merge(corpus, _clusters(corpus, rows[label[rows] != _CRASHED], label))
+    for part, low, update in zip(corpus.parts, corpus.starts()[:-1].tolist(), updates, strict=True):
+        position = corpus.read(part, [])["position"].to_numpy()
+        here = crashed[(crashed >= low) & (crashed < low + len(position))]
+        yield _with_crashes(update, position[here - low])
+
+
+def _with_crashes(update: Update, position: np.ndarray) -> Update:
+    """The update of a part with drops of the rows that ended a process. position: theirs, ascending."""
+    if not len(position):
+        return update
+    columns = [
+        pa.array(position, pa.int32()),
+        pa.array([CRASHED] * len(position), pa.string()),
+        pa.array(["decoding it ended the whole process"] * len(position), pa.string()),
+    ]
+    drops = pa.concat_tables([update.drops, pa.Table.from_arrays(columns, schema=DROPS_SCHEMA)])
+    return update._replace(drops=drops.sort_by("position"))
 
 
 def _keys(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +94,7 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
 
 
 def _labels(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
-    """int64 [candidates]: equal for equal content."""
+    """int64 [candidates]: equal for equal content; `_CRASHED` where decoding it ended the process."""
     table = corpus.gather(rows, ["id", "width_px", "height_px", "pixel_key", *REFERENCE_COLUMNS])
     _, by_bytes = np.unique(np.array(table["id"].to_pylist(), dtype="S64"), return_inverse=True)
     keys = np.array(
@@ -88,30 +109,20 @@ def _labels(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     first = np.unique(by_bytes, return_index=True)[1]  # one row of each content is decoded
     _, key = np.unique(keys.astype(bytes)[first], return_inverse=True)
     looked = first[np.bincount(key)[key] > 1]
-    sums = dict(zip(looked.tolist(), _pixel_sums(corpus, table.take(pa.array(looked))), strict=True))
+    references = table.select(list(REFERENCE_COLUMNS)).take(pa.array(looked)).to_pylist()
+    sums = dict(zip(looked.tolist(), map_pictures(corpus, pixel_sums, references), strict=True))
     same: dict[str, int] = {}
     label = np.arange(len(first), dtype=np.int64)
     for content, row in enumerate(first.tolist()):
-        if (found := sums.get(row)) is not None:
+        found = sums.get(row)
+        if isinstance(found, WorkerDied):
+            label[content] = _CRASHED
+        elif found is not None:
             label[content] = same.setdefault(found, content)
     return label[by_bytes]
 
 
-def _pixel_sums(corpus: Corpus, table: pa.Table) -> list[str | None]:
-    references = table.select(list(REFERENCE_COLUMNS)).to_pylist()
-    pieces = [
-        _PixelTask(corpus.source, tuple(references[i : i + _CANDIDATES_PER_TASK]))
-        for i in range(0, len(references), _CANDIDATES_PER_TASK)
-    ]
-    return [one for sums in corpus.map(pixel_sums, pieces) for one in sums]
-
-
-class _PixelTask(NamedTuple):
-    source: PayloadSource
-    references: tuple[dict[str, Any], ...]
-
-
-def pixel_sums(task: _PixelTask) -> list[str | None]:
+def pixel_sums(task: PictureTask) -> list[str | None]:
     """Hex sha256 over size and RGB bytes of each picture; None for one that can no longer be decoded."""
     out: list[str | None] = []
     with quiet_decoding():

@@ -1,7 +1,8 @@
 """First stage: look at every image once. Header, limits, captions, decode, measures, content hash.
 
 Cheap checks come before expensive ones, each with its own reason. *Rejected* means usable but against the policy (size,
-aspect, compression); *quarantined* means damaged or not usable.
+aspect, compression); *quarantined* means damaged or not usable. Bytes that can be read are hashed before any check, so
+that an image that is dropped can be looked up by its hash; where the header can be read, its size is noted, too.
 
 A JPEG is decoded at the fraction of its size that `measures` needs. That walks through the whole file, as a full decode
 does, so damage and a missing end are found all the same; other formats are decoded in full.
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
+from PIL import ExifTags, Image
 
 from megatron_nucleus.data import images, index
 from megatron_nucleus.data.curation import captions, compression, measures, readers
@@ -56,6 +57,9 @@ class InspectConfig:
                 raise ConfigError(f"{name} {getattr(self, name)}: 0 to 100")
 
 
+_LOSSLESS = ("PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF")  # of WebP: where it has no quantiser
+_LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")  # Pillow's names
+
 _ADDS = {
     "id": pa.string(),  # hex sha256 of the bytes
     "length": pa.int64(),  # how many they are; readers leave it open for a whole file
@@ -70,6 +74,7 @@ _ADDS = {
     "tier": pa.string(),
     "episode_bucket": pa.string(),
     "metadata": pa.string(),  # JSON object, null when empty
+    "coding_quality": pa.float32(),  # 0-100: what the file's coding left; 100: lossless, null: it does not tell
     "notes": pa.list_(pa.string()),  # exif_rotated, extension_mismatch, icc_ignored, caption_dropped
     **measures.COLUMNS,
 }
@@ -89,31 +94,57 @@ def inspect(rows: Sequence[Row], config: InspectConfig) -> list[dict[str, Any] |
     results: list[dict[str, Any] | Drop] = []
     glances: dict[int, measures.Glance] = {}
     for at, row in enumerate(rows):
+        seen = _Seen()
         try:
-            found, glances[at] = _inspect(row, config)
+            found, glances[at] = _inspect(row, config, seen)
             results.append(found)
         except UnusableImage as problem:
-            results.append(Drop(problem.reason, problem.detail))
+            results.append(Drop(problem.reason, problem.detail, seen.id, *seen.displayed_size()))
     for at, plain in zip(list(glances), measures.of_one_lightness([*glances.values()]), strict=True):
         try:
             if plain:
                 glances[at] = glances[at]._replace(colours=_colours(rows[at]))
         except UnusableImage as problem:  # damage in the colours alone
-            results[at] = Drop(problem.reason, problem.detail)
+            known = {name: results[at][name] for name in ("id", "width_px", "height_px")}
+            results[at] = Drop(problem.reason, problem.detail, **known)
             del glances[at]
     for at, measured in zip(glances, measures.measure([*glances.values()]), strict=True):
         results[at].update(measured._asdict())
     return results
 
 
-def _inspect(row: Row, config: InspectConfig) -> tuple[dict[str, Any], measures.Glance]:
-    """All columns but the measures, and what those are made from."""
+@dataclasses.dataclass
+class _Seen:
+    """What is known of a picture so far, should a check drop it. header: as opened; size_px: as stored."""
+
+    id: str | None = None
+    header: Image.Image | None = None
+    size_px: tuple[int, int] | None = None
+
+    def displayed_size(self) -> tuple[int | None, int | None]:
+        """(width, height) after the EXIF orientation where it stands before the pixels; the header is done with."""
+        if self.header is None or self.size_px is None:
+            return None, None
+        try:
+            # The method of the class: PNG's own one decodes the picture to look behind the pixels, too.
+            orientation = Image.Image.getexif(self.header).get(ExifTags.Base.Orientation)
+        except Exception:  # damaged EXIF raises nearly any type; the row is dropped in any case
+            orientation = None
+        return self.size_px[::-1] if orientation in (5, 6, 7, 8) else self.size_px
+
+
+def _inspect(row: Row, config: InspectConfig, seen: _Seen) -> tuple[dict[str, Any], measures.Glance]:
+    """All columns but the measures, and what those are made from. seen: filled on the way."""
     if row["problem"] is not None:
         raise UnusableImage(row["problem"]["reason"], row["problem"]["detail"])
     payload = row.payload()
-    header = row.open()
+    seen.id = hashlib.sha256(payload).hexdigest()
+    header = seen.header = row.open()
+    seen.size_px = header.size  # a draft changes it
     _check_size(header.width, header.height, config)
-    _check_compression(header, payload, config)
+    quality = compression.quality(header, payload)
+    _check_compression(str(header.format), quality, config)
+    coding_quality = _coding_quality(header, quality)  # of the header as it is before the decode
     side = _side_data(row, config)
     decoded, size_px = _decode(header)
     notes = [*decoded.notes, *side.notes]
@@ -122,7 +153,7 @@ def _inspect(row: Row, config: InspectConfig) -> tuple[dict[str, Any], measures.
     if not images.matches_extension(readers.extension(row["item"].encode()), decoded.format):
         notes.append("extension_mismatch")
     found = {
-        "id": hashlib.sha256(payload).hexdigest(),
+        "id": seen.id,
         "length": len(payload),
         "extension": images.EXTENSIONS[decoded.format],
         "width_px": size_px[0],
@@ -135,6 +166,7 @@ def _inspect(row: Row, config: InspectConfig) -> tuple[dict[str, Any], measures.
         "tier": side.tier,
         "episode_bucket": side.episode_bucket,
         "metadata": side.metadata_json,
+        "coding_quality": coding_quality,
         "notes": notes,
     }
     return found, measures.look(decoded.image, size_px)
@@ -150,12 +182,24 @@ def _check_size(width: int, height: int, config: InspectConfig) -> None:
         raise UnusableImage("extreme_aspect", f"{width} x {height} px, max_aspect {config.max_aspect}")
 
 
-def _check_compression(header: Image.Image, payload: bytes, config: InspectConfig) -> None:
-    name = "min_webp_quality" if header.format == "WEBP" else "min_jpeg_quality"
-    quality = compression.quality(header, payload)
+def _check_compression(format: str, quality: float | None, config: InspectConfig) -> None:
+    name = "min_webp_quality" if format == "WEBP" else "min_jpeg_quality"
     if quality is not None and quality < getattr(config, name):
-        detail = f"{header.format} of quality {quality:.1f}, {name} {getattr(config, name):g}"
+        detail = f"{format} of quality {quality:.1f}, {name} {getattr(config, name):g}"
         raise UnusableImage("over_compressed", detail)
+
+
+def _coding_quality(header: Image.Image, quality: float | None) -> float | None:
+    """What the coding left of the picture, 0..100; None where the header does not tell.
+
+    quality: of a lossy file, as `compression.quality` reads it. None also for a file of few colours, which may be
+    a drawing or the poor copy of a photograph, and for JPEG inside TIFF.
+    """
+    if quality is not None:
+        return quality
+    few_colours = header.mode in ("1", "P", "PA")
+    lossless = header.format in _LOSSLESS and header.info.get("compression") not in _LOSSY_IN_TIFF
+    return 100.0 if lossless and not few_colours else None
 
 
 def _side_data(row: Row, config: InspectConfig) -> SideData:

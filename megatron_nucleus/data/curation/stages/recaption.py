@@ -118,6 +118,7 @@ def judge(captions: Sequence[Mapping[str, Any]], config: RecaptionConfig) -> Ver
     batch_rows=32,  # enough for `concurrency` requests in flight, few enough for pictures in memory; own choice
     identity=desk.identity,
     gpus=desk.gpus,
+    check=desk.check,
     modules=(desk, openai_http, prompts, protocol, settings, vision_language),
 )
 def recaption(rows: Sequence[Row], config: RecaptionConfig) -> list[dict[str, Any] | Drop]:

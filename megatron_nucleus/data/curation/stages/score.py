@@ -96,6 +96,13 @@ def score_identity(config: ScoreConfig) -> str:
     return scorers.scorer_identity(config)
 
 
+def written_scores(config: ScoreConfig) -> tuple[str, ...] | None:
+    """The name under which the score is stored; None where only the object of an own class knows it."""
+    if config.own and not config.metric:
+        return None
+    return (config.metric or config.kind,)
+
+
 @row_stage(
     ScoreConfig,
     reads=("scores", "captions"),
@@ -105,6 +112,7 @@ def score_identity(config: ScoreConfig) -> str:
     identity=score_identity,
     gpus=scorers.scorer_gpus,
     modules=(scorers, embedding, head, model_files, own_class, protocol, settings, statistics),
+    writes_scores=written_scores,
 )
 def score(rows: Sequence[Row], config: ScoreConfig) -> list[Mapping[str, Any] | Drop]:
     """One entry more in ``scores``; the captions' fit, from a scorer that judges them; a `Drop` outside the limits.

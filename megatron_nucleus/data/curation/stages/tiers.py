@@ -1,8 +1,8 @@
 """Stage ``tiers``: a tier by quality and an episodic bucket for every image (`curation/tiers.py` has the rules).
 
-A tier or bucket that came with the image (a ``.json`` beside it) stays. Needs a score stage before it; passes over the
-columns of all parts: to count, and to write (by shares, two more to find the edges). It holds one part's columns and
-the counts of distinct sizes in memory.
+A tier or bucket that came with the image (a ``.json`` beside it) stays. Needs a score stage before it, unless
+``keep_untiered`` is true; passes over the columns of all parts: to count, and to write (by shares, two more to find the
+edges). It holds one part's columns and the counts of distinct sizes in memory.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class _Rows(NamedTuple):
     adds={"tier": pa.string(), "episode_bucket": pa.string()},
     rejects=("below_tiers", "unscored"),
     modules=(rules,),
+    needs_scores=lambda config: {} if config.keep_untiered else {"tier_scorer": config.tier_scorer},
 )
 def tiers(corpus: Any, config: TiersConfig) -> Iterator[Update]:
     """Give every image a tier and a bucket; reject those below A1 or without a score, unless ``keep_untiered``.
