@@ -272,8 +272,9 @@ def check_draws(
         the curriculum on this corpus; None without one.
 
     Raises:
-        ConfigError: batch sizes that do not divide, a curriculum that the data cannot follow.
+        ConfigError: batch sizes that do not divide, a curriculum that the data cannot follow, a decoder that cannot run.
     """
+    decoders.open_decoder(config.image_decoder, corpus)
     if accumulation < 1:
         raise ConfigError(f"accumulation {accumulation}: at least 1 micro-batch per step")
     _check_divides(config, global_batch_size, accumulation, world)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_nucleus.core.kernels import resolve_kernels
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.transformer.rope import rope_table
 from megatron_nucleus.types import NormalisedText
@@ -19,9 +20,9 @@ class Layer:
     """One block with inputs that stay in place, as a graph needs them."""
 
     def __init__(self, number: int, bf16: bool):
+        self.model = NucleusTransformer(TINY, resolve_kernels(device_type="cuda")).to("cuda")
+        self.block = self.model.blocks[number]
         with torch.device("cuda"):
-            self.model = NucleusTransformer(TINY)
-            self.block = self.model.blocks[number]
             S, D = GRID[0] * GRID[1], TINY.width
             self.x_BSD = torch.randn(B, S, D).requires_grad_()
             self.temb_BD, self.act_BD = torch.randn(2, B, D).unbind()

@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 
+from megatron_nucleus.core.kernels import resolve_kernels
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.optimizer.clip import clip_gradients, local_square_sum
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
@@ -47,8 +48,7 @@ def tiny_batch(device: str, images: int = 4, grid: tuple[int, int] = (4, 6)) -> 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_forward_backward_clip_and_update_never_wait(optimizer, bf16):
     device = torch.device("cuda")
-    with device:
-        model = NucleusTransformer(TINY)
+    model = NucleusTransformer(TINY, resolve_kernels(device_type="cuda")).to(device)
     values = {
         "data": {"data_path": "none"},
         "training": {"bf16": bf16},

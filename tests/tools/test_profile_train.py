@@ -9,9 +9,11 @@ import json
 import pytest
 import torch
 
+from megatron_nucleus.training.profiling import profile as profiling
 from megatron_nucleus.training.profiling.kernels import KernelRow, table, with_shares
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
 from megatron_nucleus.utils.errors import ConfigError
+from tests.training.test_regions import Listing
 from tools.profile_train import main
 
 SMALL = [
@@ -105,6 +107,28 @@ def test_without_memory(tmp_path):
     result = json.loads(out.getvalue().splitlines()[-1])
     assert "peak_allocated_bytes" not in result
     assert not (tmp_path / "memory.json").exists()
+
+
+def test_nvtx_names_the_profiled_steps_alone(monkeypatch, capsys, tmp_path):
+    """What nsys and ncu hear, recorded in place of a GPU: warm-up, then the steps between the profiler's two marks."""
+    heard = []
+
+    class Recording(Listing):
+        def enter(self, name):
+            heard.append(name)
+            super().enter(name)
+
+    monkeypatch.setattr(profiling, "nvtx_ranges", Recording)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    for mark in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, mark, lambda mark=mark: heard.append(mark))
+    main([*SMALL, "--nvtx", "--profile-steps", "1", "--output", str(tmp_path / "none"), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"steps": 1, "device": "a GPU"}
+    assert (heard[0], heard[-1]) == ("start", "stop")
+    assert heard.count("data") == 2  # two micro-batches
+    assert {"dispatch", "experts", "attention", "optimizer"} <= set(heard)
+    assert not (tmp_path / "none").exists()
 
 
 def test_rows_of_a_table():

@@ -9,10 +9,14 @@ import torch
 
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
+from megatron_nucleus.core.parallel_state import single_process
+from megatron_nucleus.training.arguments import parse_run
 from megatron_nucleus.training.benchmark.benchmark import BenchConfig, make_workload
 from megatron_nucleus.training.benchmark.breakdown import EXCHANGE, Step, draw_noise, sums, time_breakdown
 from megatron_nucleus.training.benchmark.parts import Timed, call_ours
+from megatron_nucleus.training.benchmark.setup import reading_data
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
+from megatron_nucleus.utils.config import Parser
 from tests.shapes import TINY
 from tests.training.test_regions import Listing, tiny_model
 
@@ -105,3 +109,11 @@ def test_noise_is_drawn_as_training_draws_it():
     assert text.shape == (3, 4, TINY.text_dim)
     assert torch.equal(noise, flow.sample_noise(0, (0, 1, 2), (6, TINY.patch_channels)))
     assert torch.equal(sigma, flow.sample_sigma(flow.FlowConfig(), 0, (0, 1, 2), 6))
+
+
+def test_data_come_through_loader_and_encoders(config_file):
+    run, _ = parse_run(["--config", str(config_file)], Parser(prog="t"))
+    with reading_data(run, single_process(CPU, 4)) as data:
+        first, second = data(), data()
+    assert first.latents_BSP.shape == (8, 16, 64)  # 32 px, stride 4, patch 2
+    assert len({*first.draws, *second.draws}) == 16
