@@ -18,7 +18,7 @@ TORCH_PIP_ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 WORKERS  ?= 2
 
-.PHONY: demo ladder ablate test test-dist test-slurm test-gpu lint bench bench-scale build clean install
+.PHONY: demo ladder ablate test test-dist test-slurm test-gpu lint bench bench-scale profile build clean install
 
 install: $(VENV)/.installed
 
@@ -72,11 +72,16 @@ test-gpu: install
 lint: install
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
-BENCH := OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_train.py --compare diffusers --json
+BENCH := OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_train.py --json --record benchmarks/train.md
 bench: install
 	$(BENCH) --config examples/demo_cpu.yaml
-	$(BENCH) --preset nucleus_image_17b --num-layers 1 --dense-moe-strategy all_moe --num-experts 8 \
+	$(BENCH) --compare diffusers --config examples/demo_cpu.yaml
+	$(BENCH) --compare diffusers --preset nucleus_image_17b --num-layers 1 --dense-moe-strategy all_moe --num-experts 8 \
 	  --capacity-factors 2 --grid 16 16 --global-batch-size 1
+	OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_ops.py --repeats 100 --json --record benchmarks/ops.md
+
+profile: install
+	OMP_WAIT_POLICY=PASSIVE $(PY) tools/profile_train.py --config examples/demo_cpu.yaml
 
 bench-scale: install
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_scale.py --ranks 4 --expert-model-parallel-sizes 1 2 4 \

@@ -272,7 +272,8 @@ def check_draws(
         the curriculum on this corpus; None without one.
 
     Raises:
-        ConfigError: batch sizes that do not divide, a curriculum that the data cannot follow, a decoder that cannot run.
+        ConfigError: batch sizes that do not divide, a curriculum that the data cannot follow, a decoder that cannot
+            run.
     """
     decoders.open_decoder(config.image_decoder, corpus)
     if accumulation < 1:
