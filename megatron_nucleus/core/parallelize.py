@@ -69,7 +69,9 @@ def held_rows(parameter: nn.Parameter) -> tuple[int, int]:
 def expert_bytes_exchanged(model: NucleusTransformer) -> int:
     """Bytes that this rank handed to all-to-alls since the last call (`collectives.Traffic`)."""
     dispatchers = (block.moe.dispatcher for block in model.blocks if block.is_moe)
-    return sum(d.traffic.take() for d in dispatchers if isinstance(d, (AllToAllDispatcher, ExchangeDispatcher)))
+    return sum(
+        d.traffic.take() for d in dispatchers if isinstance(d, (AllToAllDispatcher, ExchangeDispatcher))
+    )
 
 
 def _compile(block: TransformerBlock) -> None:
