@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import sys
 import threading
@@ -23,6 +24,7 @@ _COLLECTIVE_FILES = ("distributed/distributed_c10d.py", "distributed/_functional
                      "distributed/nn/functional.py")  # fmt: skip
 _COLLECTIVE_FOLDERS = ("distributed/fsdp/",)
 _DUMP_LIMIT_S = 20.0
+_COLLECTOR = threading.Lock()  # held while the garbage collector is switched off
 
 
 class Line(NamedTuple):
@@ -60,7 +62,7 @@ def place_of_thread(thread: int) -> Place:
 
     A backward pass on a GPU runs Python functions in threads of autograd while its caller waits: these count as well.
     """
-    frames = sys._current_frames()
+    frames = _current_frames()
     if thread not in frames:
         return Place("", False)
     stack = _stack(frames[thread])
@@ -70,6 +72,22 @@ def place_of_thread(thread: int) -> Place:
     known = {t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread)}
     autograd = (find_place(_stack(frame)) for ident, frame in frames.items() if ident not in known)
     return next((found for found in autograd if found.waits), place)
+
+
+def _current_frames() -> dict[int, FrameType]:
+    """`sys._current_frames` without a garbage collection inside.
+
+    Python 3.11 holds the lock over all threads while it builds the answer. A collection that begins there and frees a
+    tensor lets another thread run; where that one needs the lock, too, both wait for ever (CPython issue 106883).
+    """
+    with _COLLECTOR:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 def place_of_error(error: BaseException) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -42,6 +43,21 @@ def test_a_thread_without_a_frame_is_nowhere(monkeypatch):
     monkeypatch.setattr(sys, "_current_frames", lambda: {1: print})
     assert place_of_thread(1) == ("", False)
     assert place_of_thread(2) == ("", False)
+
+
+def test_no_garbage_is_collected_while_frames_are_taken(monkeypatch):
+    """A collection inside of `sys._current_frames` that frees a tensor can stop the whole process (Python 3.11)."""
+    during = []
+    monkeypatch.setattr(sys, "_current_frames", lambda: during.append(gc.isenabled()) or {})
+    assert gc.isenabled()
+    place_of_thread(1)
+    assert (during, gc.isenabled()) == ([False], True)
+    gc.disable()
+    try:
+        place_of_thread(1)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_autograds_threads_are_looked_at_while_the_main_thread_waits_for_them(monkeypatch):
