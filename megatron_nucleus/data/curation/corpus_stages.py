@@ -45,9 +45,8 @@ def run_corpus(
     # What failed for a passing reason may change what the others are copies of: then all of it runs again.
     again = run.retry and any(r is not None and r.retry for r in found)
     if again:
-        for part in (
-            run.parts
-        ):  # all of them before the first is written: none of two attempts may stand side by side
+        # All of them before the first is written: none of two attempts may stand side by side.
+        for part in run.parts:
             shutil.rmtree(run.store.part_folder(level, part))
     if again or any(r is None or r.version != version or r.input != entry for r in found):
         found = _run_corpus_stage(run, level, line, version, entry, _stage_work(folder, version + entry))

@@ -55,7 +55,7 @@ def source(tmp_path, photos):
     return write_captioned(tmp_path / "in", {"a.png": encode(photos["coffee.png"].resize((90, 80)))})
 
 
-def fails(source, tmp_path, monkeypatch, kind, message, *stages):
+def assert_refused_first(source, tmp_path, monkeypatch, kind, message, *stages):
     """Curating with these stages after `inspect` fails so, before anything is done."""
 
     def no_work(*arguments):
@@ -100,14 +100,16 @@ def test_what_a_late_stage_lacks_is_said_first(source, tmp_path, monkeypatch, ow
         stage = stage.replace("OWN", own)
     elif stage.get("recaption", {}).get("captioner", "").startswith("OWN"):
         stage = {"recaption": {"captioner": f"{own}:Missing"}}
-    fails(source, tmp_path, monkeypatch, ConfigError, message, stage)
+    assert_refused_first(source, tmp_path, monkeypatch, ConfigError, message, stage)
 
 
 def test_a_damaged_head_is_said_first(source, tmp_path, monkeypatch):
     head = tmp_path / "head.safetensors"
     head.write_bytes(b"x" * 100)
     line = {"score": {"as": "nice", "kind": "rating", "model": "image_statistics", "head": str(head)}}
-    fails(source, tmp_path, monkeypatch, DataError, "^recipe.stages: nice: .*head.safetensors", line)
+    assert_refused_first(
+        source, tmp_path, monkeypatch, DataError, "^recipe.stages: nice: .*head.safetensors", line
+    )
 
 
 def test_with_the_key_in_the_environment_the_check_passes(monkeypatch):
@@ -129,9 +131,9 @@ def test_a_score_that_no_stage_before_writes_is_refused(source, tmp_path, monkey
         r"recipe.stages: tiers: tier_scorer qualty: no stage before it writes a score of that name "
         r"\(did you mean quality\?\) \(there is: quality\)"
     )
-    fails(source, tmp_path, monkeypatch, ConfigError, message, STATISTICS, wanted)
+    assert_refused_first(source, tmp_path, monkeypatch, ConfigError, message, STATISTICS, wanted)
     after = {"tiers": {"tier_scorer": "quality"}}
-    fails(
+    assert_refused_first(
         source,
         tmp_path,
         monkeypatch,

@@ -264,14 +264,12 @@ class HttpCaptioner:
         text = payload.decode("utf-8", "replace")
         try:
             error = json.loads(text)["error"]
-            if isinstance(error, dict):
-                return self._clean(str(error.get("message", ""))), str(
-                    error.get("code") or error.get("type") or ""
-                )
-            text = str(error)
         except (ValueError, LookupError, TypeError, RecursionError):
-            pass  # not in that form: the text itself has to do
-        return self._clean(text), ""
+            error = text  # not in that form: the text itself has to do
+        if isinstance(error, dict):
+            code = str(error.get("code") or error.get("type") or "")
+            return self._clean(str(error.get("message", ""))), code
+        return self._clean(str(error)), ""
 
     def _clean(self, text: str) -> str:
         """A server's words for a message: one line, printable, never the key (servers like to repeat it)."""
