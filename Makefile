@@ -22,7 +22,7 @@ WORKERS  ?= 2
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/*)
+$(VENV)/.installed: setup.py pyproject.toml $(wildcard csrc/* csrc/cuda/*)
 	@start=$$(date +%s); \
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || exit 1; \
 	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel || exit 1; \
@@ -75,8 +75,8 @@ lint: install
 BENCH := OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_train.py --json --record benchmarks/train.md
 bench: install
 	$(BENCH) --config examples/demo_cpu.yaml
-	$(BENCH) --compare diffusers --config examples/demo_cpu.yaml
-	$(BENCH) --compare diffusers --preset nucleus_image_17b --num-layers 1 --dense-moe-strategy all_moe --num-experts 8 \
+	$(BENCH) --compare diffusers --compare-compile --config examples/demo_cpu.yaml
+	$(BENCH) --compare diffusers --compare-compile --preset nucleus_image_17b --num-layers 1 --dense-moe-strategy all_moe --num-experts 8 \
 	  --capacity-factors 2 --grid 16 16 --global-batch-size 1
 	OMP_WAIT_POLICY=PASSIVE $(PY) tools/bench_ops.py --repeats 100 --json --record benchmarks/ops.md
 

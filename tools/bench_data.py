@@ -36,6 +36,7 @@ from megatron_nucleus.utils import cli
 from megatron_nucleus.utils.config import Parser, coerce
 from megatron_nucleus.utils.errors import ConfigError, UserError
 
+TITLE = "The data path"
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_LOG_STEPS = 5  # a figure of data_s each; the first, with the start of the workers in it, is left out
 
@@ -43,11 +44,11 @@ TRAIN_LOG_STEPS = 5  # a figure of data_s each; the first, with the start of the
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parse(words)
-    target = check_record(args.record) if args.record else None
+    target = check_record(args.record, TITLE) if args.record else None
     entry = provenance(["tools/bench_data.py", *words], "cpu") | measure(args)
     print(markdown([entry]))
     if target is not None:
-        record(target, entry, "The data path", markdown)
+        record(target, entry, TITLE, markdown)
     if args.json:
         cli.print_json(entry)
 
@@ -186,8 +187,8 @@ def markdown(entries: Sequence[dict]) -> str:
 def _decode_table(entry: dict) -> str:
     lines = [
         f"One process, {entry['count']} JPEGs of each size in memory, decoded and fitted into a square; median (lowest "
-        "- highest) of the turns. The last two columns compare pixels with Pillow's: mean difference in levels of "
-        "255, and values off by more than one level.",
+        f"- highest) of the turns. The last two columns compare pixels of {min(entry['batch'], entry['count'])} of "
+        "them with Pillow's: mean difference in levels of 255, and values off by more than one level.",
         "",
         "| JPEG px | into px | decoder | images/s | by the library | mean difference | off by > 1 |",
         "|---|---:|---|---:|---:|---:|---:|",

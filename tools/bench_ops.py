@@ -2,8 +2,9 @@
 
 Forward, and forward with backward. The ceilings are a large matrix product and a large copy, measured in the same run,
 and for what fits into a cache a copy of that size; "of ceiling" is the least time that an operation's FLOPs and bytes
-take at these rates, divided by its own time. `orthogonalize` of the published layer is 6 TFLOP: leave it out on a CPU
-with --ops. Examples:
+take at these rates, divided by its own time. On a GPU times are those between two events, with a cold cache, and hold
+the host's time only where it is the longer one. `orthogonalize` of the published layer is 6 TFLOP: leave it out on a
+CPU with --ops. Examples:
 
   tools/bench_ops.py --threads 1 --tokens 16 --repeats 100
   tools/bench_ops.py --shapes demo 17b-layer --dtype bfloat16 --record benchmarks/ops.md
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 
@@ -21,15 +23,16 @@ from torch import Tensor
 
 from megatron_nucleus.ops import registry
 from megatron_nucleus.training.benchmark.op_cases import CASES, SHAPES, Cost, Dims, Maker, dims
-from megatron_nucleus.training.benchmark.parts import Spread, spread
+from megatron_nucleus.training.benchmark.parts import Spread, interleave
 from megatron_nucleus.training.benchmark.record import check_record, provenance, record, where
-from megatron_nucleus.training.benchmark.roofline import Ceilings, measure_ceilings, timed_s
+from megatron_nucleus.training.benchmark.roofline import Ceilings, OpClock, measure_ceilings, synchronize
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser, coerce
 from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError, nearest
 
 WARMUP = 2  # calls before the timed ones: caches, allocators, autotuning
+TITLE = "Operations"  # of the recorded table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(words)
     settings = checked(args)
-    target = check_record(args.record) if args.record else None
+    target = check_record(args.record, TITLE) if args.record else None
     torch.set_num_threads(settings.threads)
     result = bench(settings)
     if target:
         entry = provenance(["tools/bench_ops.py", *words], settings.device) | {"result": result}
-        record(target, entry, "Operations", markdown)
+        record(target, entry, TITLE, markdown)
         print(f"recorded in {target} and {target.with_suffix('.json')}")
     if args.json:
         print_json(result)
@@ -144,7 +147,8 @@ def bench(settings: Settings) -> dict:
 def measure(op: str, shape: str, sizes: Dims, settings: Settings, ceilings: Ceilings) -> list[dict]:
     """Time all usable backends of ``op`` in turns, so that a busy moment hits each alike; print and return rows.
 
-    The row of a backend that raises an error has ``failed``, what it says, and no times.
+    The row of a backend that raises an error, forward or backward, has ``failed``, what it says, and no times; where
+    that is plain torch, the others have no ratio.
     """
     device, dtype = settings.device, DTYPES[settings.dtype]
     asked = {"device_type": device, "dtype": dtype, "sizes": model_sizes(sizes)}
@@ -155,18 +159,6 @@ def measure(op: str, shape: str, sizes: Dims, settings: Settings, ceilings: Ceil
     cost = CASES[op].cost(sizes, dtype.itemsize)
     wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     functions, grads, rows = {}, [], []
-    for backend in usable:  # torch is the first
-        function = registry.resolve(op, backend, **asked)
-        try:
-            outputs = smooth(function(*args))
-        except Exception as error:  # a library's own refusal; the others are timed all the same
-            rows.append(
-                {"shape": shape, "op": op, "backend": backend, "failed": " ".join(str(error).split())}
-            )
-            print(line(rows[-1]), flush=True)
-            continue
-        functions[backend] = function
-        grads = grads or [torch.randn_like(o) for o in outputs]
 
     def forward(function: Callable) -> None:
         with torch.no_grad():
@@ -175,6 +167,20 @@ def measure(op: str, shape: str, sizes: Dims, settings: Settings, ceilings: Ceil
     def both(function: Callable) -> None:
         torch.autograd.grad(smooth(function(*args)), wanted, grads)
 
+    for backend in usable:  # torch is the first
+        function = registry.resolve(op, backend, **asked)
+        try:
+            grads = grads or [torch.randn_like(o) for o in smooth(function(*args))]
+            if wanted:
+                both(function)
+            synchronize(device)  # a GPU reports the errors of a kernel here
+        except Exception as error:  # a library's own refusal; the others are timed all the same
+            rows.append(
+                {"shape": shape, "op": op, "backend": backend, "failed": " ".join(str(error).split())}
+            )
+            print(line(rows[-1]), flush=True)
+            continue
+        functions[backend] = function
     near = ceilings.near(cost.forward_bytes, device)
     forward_s = take_turns(forward, functions, settings)
     both_s = take_turns(both, functions, settings) if wanted else None
@@ -205,13 +211,13 @@ def step_floor_s(cost: Cost, ceilings: Ceilings) -> float:
 
 def timings(part: str, times: dict[str, Spread], backend: str, floor_s: float) -> dict:
     """Figures of one part of a row: median, spread, ratio to plain torch and share of the ceiling."""
-    mine = times[backend]
+    mine, plain = times[backend], times.get("torch")
     return {
         f"{part}_s": mine.median_s,
         f"{part}_p25_s": mine.p25_s,
         f"{part}_p75_s": mine.p75_s,
         f"{part}_min_s": mine.min_s,
-        f"{part}_ratio": times["torch"].median_s / mine.median_s,
+        f"{part}_ratio": plain.median_s / mine.median_s if plain else None,
         f"{part}_of_ceiling_frac": floor_s / mine.median_s,
     }
 
@@ -223,7 +229,8 @@ def line(row: dict) -> str:
         return f"{text}failed: {row['failed']}"
     for part, width in (("forward", 9), ("step", 12)):
         if f"{part}_s" in row:
-            text += f"{row[f'{part}_s'] * 1e3:{width}.3f} ms{row[f'{part}_ratio']:7.2f}"
+            ratio = row[f"{part}_ratio"]
+            text += f"{row[f'{part}_s'] * 1e3:{width}.3f} ms{'-' if ratio is None else f'{ratio:.2f}':>7}"
             text += f"{row[f'{part}_of_ceiling_frac']:11.0%}"
     return text
 
@@ -236,13 +243,9 @@ def smooth(result: object) -> list[Tensor]:
 
 def take_turns(call: Callable, functions: dict[str, Callable], settings: Settings) -> dict[str, Spread]:
     """Times of every function, `WARMUP` rounds aside."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(WARMUP + settings.repeats):
-        for name, function in functions.items():
-            elapsed_s = timed_s(lambda function=function: call(function), settings.device)
-            if number >= WARMUP:
-                seconds[name].append(elapsed_s)
-    return {name: spread(values) for name, values in seconds.items()}
+    calls = {name: functools.partial(call, function) for name, function in functions.items()}
+    device = torch.device(settings.device)
+    return interleave(calls, settings.repeats, WARMUP, device, clock=OpClock(device))
 
 
 def markdown(entries: list[dict]) -> str:
@@ -267,7 +270,8 @@ def markdown(entries: list[dict]) -> str:
             for part in ("forward", "step"):
                 there = f"{part}_s" in row
                 cells.append(f"{row[f'{part}_s'] * 1e3:.3f} ms" if there else "-")
-                cells.append(f"{row[f'{part}_ratio']:.2f}" if there else "-")
+                ratio = row.get(f"{part}_ratio")
+                cells.append("-" if ratio is None else f"{ratio:.2f}")
                 cells.append(f"{row[f'{part}_of_ceiling_frac']:.0%}" if there else "-")
             cells += [result["dtype"], result["threads"], where(entry)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")

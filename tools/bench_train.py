@@ -21,18 +21,30 @@ from megatron_nucleus.core.kernels import KernelConfig
 from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig
 from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.core.precision.precision import PrecisionConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.training import arguments
 from megatron_nucleus.training.benchmark.benchmark import BenchConfig, run_benchmark
+from megatron_nucleus.training.benchmark.breakdown import OTHER
 from megatron_nucleus.training.benchmark.record import check_record, provenance, record, where
-from megatron_nucleus.training.benchmark.setup import load_run, peak_flops_of, prepare, reading_data
+from megatron_nucleus.training.benchmark.setup import (
+    backends_of,
+    dtype_of,
+    hardware_flops_of,
+    load_run,
+    peak_of,
+    prepare,
+    reading_data,
+)
 from megatron_nucleus.training.initialize import end_rank, environment_number
 from megatron_nucleus.training.profiling.regions import STEP_PARTS
 from megatron_nucleus.utils import cli
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.devices import pick_device
 from megatron_nucleus.utils.errors import ConfigError
+
+TITLE = "Training steps"  # of the recorded table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,7 @@ class Flags:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     kernels: KernelConfig
+    precision: PrecisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +79,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     cfg.add_arguments(parser, Flags)
     args = parser.parse_args(words)
-    target = check_record(args.record) if args.record else None
+    target = check_record(args.record, TITLE) if args.record else None
     run, only = load_run(args, BenchOnly)
     result = time_run(run, only.bench)
     if environment_number("RANK", 0) != 0:
         return
     print(table(result))
     if target:
-        entry = provenance(["tools/bench_train.py", *words], pick_device(run.training.device))
-        record(target, entry | {"result": result}, "Training steps", markdown)
+        entry = provenance([*_launcher(), "tools/bench_train.py", *words], pick_device(run.training.device))
+        record(target, entry | {"result": result}, TITLE, markdown)
         print(f"recorded in {target} and {target.with_suffix('.json')}")
     if args.json:
         cli.print_json(result)
+
+
+def _launcher() -> list[str]:
+    """What started this rank, without what says where the ranks meet: other ranks are another measurement."""
+    ranks = environment_number("WORLD_SIZE", 1)
+    if ranks == 1:
+        return []
+    here = environment_number("LOCAL_WORLD_SIZE", ranks)
+    nodes = ["--nnodes", str(ranks // here)] if here < ranks else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(here)]
 
 
 def time_run(run: arguments.RunConfig, bench: BenchConfig) -> dict:
@@ -88,17 +111,24 @@ def time_run(run: arguments.RunConfig, bench: BenchConfig) -> dict:
             f"--compare {bench.compare}: works in one process, not on {ranks} ranks; start it without torchrun"
         )
     model, work, parallel = prepare(run, bench)
+    peak_flops, peak_source = peak_of(run, parallel)
     with reading_data(run, parallel) if bench.read_data else contextlib.nullcontext() as data:
-        return run_benchmark(
+        result = run_benchmark(
             model,
             bench,
             run.optimizer,
             work,
-            peak_flops_of(run, parallel),
+            peak_flops,
             parallel,
             data=data,
             compiled=run.parallel.compile_blocks,
         )
+    return result | {
+        "peak_source": peak_source,
+        "hardware_flops_per_step": hardware_flops_of(run, bench, work, parallel),
+        "dtype": dtype_of(run),
+        "backends": backends_of(run, parallel),
+    }
 
 
 def table(result: dict) -> str:
@@ -107,7 +137,9 @@ def table(result: dict) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     mfu = (
-        f", MFU {result['mfu']:.1%} of {result['peak_tflops']:g} TFLOP/s" if result["mfu"] is not None else ""
+        f", MFU {result['mfu']:.1%} of {result['peak_tflops']:g} TFLOP/s ({result['peak_source']})"
+        if result["mfu"] is not None
+        else ""
     )
     many = result["ranks"] > 1
     lines.append(
@@ -125,6 +157,8 @@ def table(result: dict) -> str:
             lines.append(
                 f"{part}: diffusers takes {other['ratio']:.2f} times as long ({other['expert_path']})"
             )
+    if "compare" in result and not result["compare"]["settings"]["compiled_too"]:
+        lines.append("diffusers' module was not compiled; --compare-compile times that, too")
     for variant, reason in result.get("compare", {}).get("refused", {}).items():
         lines.append(f"diffusers, {variant}: not timed, {reason}")
     return "\n".join(lines)
@@ -138,9 +172,10 @@ def _breakdown(times: dict[str, dict]) -> list[str]:
         medians_s = {name: times[name]["median_s"] for name in names}
         return ", ".join(f"{name} {t * 1e3:.1f} ms ({t / whole_s:.0%})" for name, t in medians_s.items())
 
-    inside = [name for name in times if name not in ("step", *STEP_PARTS)]
+    parts = (*STEP_PARTS, OTHER)
+    inside = [name for name in times if name not in ("step", *parts)]
     return [
-        f"whole step with data {whole_s * 1e3:.1f} ms: {shown(STEP_PARTS)}",
+        f"whole step with data {whole_s * 1e3:.1f} ms: {shown(parts)}",
         f"inside, forward and backward: {shown([n for n in inside if times[n]['median_s']])}",
     ]
 
@@ -150,12 +185,13 @@ def markdown(entries: list[dict]) -> str:
     parts = ("data", "forward", "backward", "dispatch_combine", "optimizer")
     lines = [
         "Medians. Images/s, TFLOP/s and MFU are of the step, which has no data in it; the next five columns are of the "
-        "whole step from within: dispatch/combine is part of forward and backward. Last: how many times as long "
-        "diffusers' module takes.",
+        "whole step from within: dispatch/combine is part of forward and backward, as far as they wait for it. MFU: "
+        "of model FLOPs, in parentheses the peak in TFLOP/s and whose it is. diffusers / ours: how many times as long "
+        "diffusers' module takes, in parentheses the fastest of its ways; the others are in the JSON file.",
         "",
         "| # | step | images/s | model TFLOP/s | MFU | data | forward | backward | dispatch/combine | optimizer "
-        "| spread (25-75 %) | diffusers / ours | peak memory | hardware | torch | commit |",
-        "|" + "---|" * 16,
+        "| spread (25-75 %) | diffusers / ours | dtype | threads | peak memory | hardware | torch | commit |",
+        "|" + "---|" * 18,
     ]
     for number, entry in enumerate(entries, 1):
         r = entry["result"]
@@ -166,15 +202,24 @@ def markdown(entries: list[dict]) -> str:
             f"{r['step_s'] * 1e3:.2f} ms",
             f"{r['samples_per_s']:.1f}",
             f"{r['model_tflops']:.3f}",
-            f"{r['mfu']:.1%}" if r["mfu"] is not None else "-",
+            f"{r['mfu']:.1%} ({r['peak_tflops']:g}: {r['peak_source']})" if r["mfu"] is not None else "-",
             *inside,
             f"{(main['p75_s'] - main['p25_s']) / main['median_s']:.1%}",
-            f"{r['compare']['ratio']:.2f}" if "compare" in r else "-",
+            _ratio(r),
+            r["dtype"],
+            r["threads"],
             f"{r['peak_memory_bytes'] / 2**30:.2f} GiB",
             where(entry),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def _ratio(result: dict) -> str:
+    if "compare" not in result:
+        return "-"
+    part = result["compare"][result["step"]]
+    return f"{part['ratio']:.2f} ({part['expert_path']})"
 
 
 def _communication(result: dict) -> list[str]:

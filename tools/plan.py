@@ -113,7 +113,7 @@ def table(result: dict) -> str:
         f"parameters {r['parameters'] / 1e9:.2f} B, active {r['active_parameters'] / 1e9:.2f} B; forward "
         f"{r['forward_flops_per_image'] / 1e12:.2f} TFLOP per image; a step {r['model_flops_per_step'] / 1e15:.1f} "
         f"PFLOP of the model, {r['hardware_flops_per_step'] / 1e15:.1f} on the hardware",
-        "memory per rank at the fullest moment: "
+        f"memory per rank at the fullest moment (images of {r['largest_bucket_tokens']} tokens): "
         + ", ".join(f"{name} {_gib(memory[name])}" for name in memory if name != "total")
         + f"; total {_gib(memory['total'])} of {_gib(r['usable_memory_bytes'])} usable: "
         + ("fits" if r["fits"] else "DOES NOT FIT (try --search)"),

@@ -20,10 +20,11 @@ from megatron_nucleus.core.kernels import KernelConfig
 from megatron_nucleus.core.models.presets import ModelConfig
 from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
 from megatron_nucleus.core.parallel_state import ParallelConfig
+from megatron_nucleus.core.precision.precision import PrecisionConfig
 from megatron_nucleus.data.encoders import EncoderConfig
 from megatron_nucleus.data.loader import DataConfig
 from megatron_nucleus.training import arguments
-from megatron_nucleus.training.benchmark.benchmark import BenchConfig, randomise_zeros
+from megatron_nucleus.training.benchmark.benchmark import InputConfig, randomise_zeros
 from megatron_nucleus.training.benchmark.breakdown import Step, draw_noise
 from megatron_nucleus.training.benchmark.parts import Timed, call_ours
 from megatron_nucleus.training.benchmark.setup import load_run, prepare
@@ -43,7 +44,7 @@ class Flags:
     """Sections whose flags this program takes; a configuration file may hold all sections of a training run."""
 
     profile: ProfileConfig
-    bench: BenchConfig
+    inputs: InputConfig
     model: ModelConfig
     training: arguments.TrainingConfig
     data: DataConfig
@@ -51,14 +52,15 @@ class Flags:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     kernels: KernelConfig
+    precision: PrecisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileOnly:
-    """The sections that a training run does not have; of ``bench``, grid and text_tokens are read."""
+    """The sections that a training run does not have."""
 
     profile: ProfileConfig
-    bench: BenchConfig
+    inputs: InputConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def profile_run(run: arguments.RunConfig, only: ProfileOnly) -> dict:
     """Build the model of ``run`` and profile its step; rank 0 returns `profile_step`'s object, others an empty one."""
     start_up_check(only.profile)
-    model, work, parallel = prepare(run, only.bench)
+    model, work, parallel = prepare(run, only.inputs)
     randomise_zeros(model)
     step = Step(
         Timed(model, functools.partial(call_ours, model, work), work),

@@ -74,13 +74,18 @@ def tune(shape: ModelShape, rows: list[int], experts: int, output: str | None) -
     device = torch.device("cuda")
     hardware = tuning.hardware_name(device)
     path = Path(output) if output else tuning.FOLDER / f"{hardware}.json"
+    if path.is_dir():
+        raise ConfigError(f"--output {path}: a folder, give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for work in tuner.works(
         torch.bfloat16, device, experts=experts, rows=rows, width=shape.width,
         hidden=shape.moe_intermediate_dim, matrices=orthogonalised(shape), stack_values=BATCH_VALUES["cuda"],
     ):  # fmt: skip
-        outcome = tuner.choose(work)
+        try:
+            outcome = tuner.choose(work)
+        except RuntimeError as error:
+            raise ConfigError(f"nothing is written: {error}") from error
         outcomes.append(outcome)
         gain = outcome.default_seconds / outcome.seconds
         print(

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from triton_ops.launch import check, power_of_two
+from triton_ops.launch import check, check_matrix, power_of_two
 from triton_ops.swiglu import swiglu, swiglu_backward
 from triton_ops.tuning import Tile, pick, shape_class
 
@@ -143,8 +143,11 @@ def expert_gate_up(x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Tenso
         x: [E, N, D]. weight: [E, D, 2F], the gate half first. No gradient: `ExpertFFN` has it.
     """
     check("expert_gate_up", x=x, weight=weight)
+    if x.dim() != 3:
+        raise ValueError(f"expert_gate_up: x must be [E, N, D], got {list(x.shape)}")
+    check_matrix("expert_gate_up", "weight", weight)
     E, N, D = x.shape
-    if weight.shape[:2] != (E, D) or weight.shape[2] % 2:
+    if weight.dim() != 3 or weight.shape[:2] != (E, D) or weight.shape[2] % 2:
         raise ValueError(f"expert_gate_up: weight must be [{E}, {D}, 2F], got {list(weight.shape)}")
     F = weight.shape[2] // 2
     hidden = x.new_empty(E, N, F)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import check
-from triton_ops.layer_norm import CHUNK, WARPS, tile
+from triton_ops.launch import check_images
+from triton_ops.layer_norm import CHUNK, WARPS, standardise, standardise_gradient, tile
 
 MAX_WIDTH = 4096  # wider rows do not leave the backward pass's two sums enough registers
 
@@ -39,22 +39,20 @@ def forward_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Tokens [ROWS] of image program_id(1); gate and scale [B, D]; plain is written only if HAS_PLAIN."""
-    image = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Tokens [ROWS] of one image; gate and scale [B, D]; plain is written only if HAS_PLAIN."""
+    tiles = tl.cdiv(S, ROWS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     inside = (s < S)[:, None] & (d < D)[None, :]
-    place = image * S * D + s[:, None] * D + d[None, :]
+    place = (image * S + s)[:, None] * D + d[None, :]
     g = tl.load(gate + image * D + d, mask=d < D, other=0).to(tl.float32)
     total = tl.load(x + place, mask=inside, other=0).to(tl.float32)
     total += g[None, :] * tl.load(branch + place, mask=inside, other=0).to(tl.float32)
     rounded = total.to(y.dtype.element_ty)
     tl.store(y + place, rounded, mask=inside)
-    values = rounded.to(tl.float32)  # the norm sees y as it is returned, as its gradient does
-    mean = tl.sum(values, axis=1) / D
-    centred = tl.where((d < D)[None, :], values - mean[:, None], 0.0)
-    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    normal = centred * inverse_std[:, None]
+    # The norm sees y as it is returned, as its gradient does.
+    normal, _ = standardise(rounded.to(tl.float32), s < S, inside, D, eps)
     factor = 1.0 + tl.load(scale + image * D + d, mask=d < D, other=0).to(tl.float32)
     tl.store(modulated + place, (normal * factor[None, :]).to(modulated.dtype.element_ty), mask=inside)
     if HAS_PLAIN:
@@ -81,9 +79,10 @@ def backward_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Tokens [CHUNK] of image program_id(1), ROWS at a time; partial [2, B, chunks, D] fp32: sums for gate, scale."""
-    image = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0)
+    """Tokens [CHUNK] of one image, ROWS at a time; partial [2, B, chunks, D] fp32: sums for gate, scale."""
+    chunks = tl.cdiv(S, CHUNK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
     d = tl.arange(0, WIDTH)
     g = tl.load(gate + image * D + d, mask=d < D, other=0).to(tl.float32)
     factor = 1.0 + tl.load(scale + image * D + d, mask=d < D, other=0).to(tl.float32)
@@ -92,38 +91,23 @@ def backward_kernel(
     for first in range(0, CHUNK, ROWS):
         s = chunk * CHUNK + first + tl.arange(0, ROWS)
         inside = (s < S)[:, None] & (d < D)[None, :]
-        place = image * S * D + s[:, None] * D + d[None, :]
+        place = (image * S + s)[:, None] * D + d[None, :]
         values = tl.load(y + place, mask=inside, other=0).to(tl.float32)
-        mean = tl.sum(values, axis=1) / D
-        centred = tl.where((d < D)[None, :], values - mean[:, None], 0.0)
-        inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-        normal = centred * inverse_std[:, None]
+        normal, inverse_std = standardise(values, s < S, inside, D, eps)
         inner = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
         sum_scale += tl.sum(inner * normal, axis=0)
         inner *= factor[None, :]
         if HAS_PLAIN:
             inner += tl.load(grad_plain + place, mask=inside, other=0).to(tl.float32)
-        mean_inner = tl.sum(inner, axis=1) / D
-        mean_dot = tl.sum(inner * normal, axis=1) / D
-        total = inverse_std[:, None] * (inner - mean_inner[:, None] - normal * mean_dot[:, None])
+        total = standardise_gradient(inner, normal, inverse_std, D)
         total += tl.load(grad_y + place, mask=inside, other=0).to(tl.float32)
         sum_gate += tl.sum(total * tl.load(branch + place, mask=inside, other=0).to(tl.float32), axis=0)
         kind = grad_x.dtype.element_ty
         tl.store(grad_x + place, total.to(kind), mask=inside)
         tl.store(grad_branch + place, (total * g[None, :]).to(kind), mask=inside)
-    row = image * tl.num_programs(0) + chunk
-    rows = tl.num_programs(0) * tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64)
     tl.store(partial + row * D + d, sum_gate, mask=d < D)
-    tl.store(partial + (rows + row) * D + d, sum_scale, mask=d < D)
-
-
-def _check(op: str, stream: dict[str, Tensor], per_image: dict[str, Tensor]) -> None:
-    check(op, **stream, **per_image)
-    B, S, D = next(iter(stream.values())).shape
-    for names, shape in ((stream, (B, S, D)), (per_image, (B, D))):
-        for name, t in names.items():
-            if t.shape != shape:
-                raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(t.shape)}")
+    tl.store(partial + (tl.num_programs(0) + row) * D + d, sum_scale, mask=d < D)
 
 
 @torch.library.custom_op("triton_ops::gated_residual_norm", mutates_args=())
@@ -134,13 +118,13 @@ def gated_residual_norm(
 
     x, branch [B, S, D]; gate, scale [B, D].
     """
-    _check("gated_residual_norm", {"x": x, "branch": branch}, {"gate": gate, "scale": scale})
+    check_images("gated_residual_norm", {"x": x, "branch": branch}, {"gate": gate, "scale": scale})
     B, S, D = x.shape
     rows, width = tile(D, "gated_residual_norm", MAX_WIDTH)
     y, modulated = torch.empty_like(x), torch.empty_like(x)
     plain = torch.empty_like(x) if with_plain else x.new_empty(0)
     if x.numel():
-        forward_kernel[(triton.cdiv(S, rows), B)](
+        forward_kernel[(B * triton.cdiv(S, rows),)](
             x,
             branch,
             gate,
@@ -174,14 +158,14 @@ def gated_residual_norm_backward(
     stream = {"y": y, "branch": branch, "grad_y": grad_y, "grad": grad}
     if grad_plain is not None:
         stream["grad_plain"] = grad_plain
-    _check("gated_residual_norm_backward", stream, {"gate": gate, "scale": scale})
+    check_images("gated_residual_norm_backward", stream, {"gate": gate, "scale": scale})
     B, S, D = y.shape
     rows, width = tile(D, "gated_residual_norm", MAX_WIDTH)
     chunks = triton.cdiv(S, CHUNK)
     grad_x, grad_branch = torch.empty_like(y), torch.empty_like(y)
     partial = y.new_empty(2, B, chunks, D, dtype=torch.float32)
     if y.numel():
-        backward_kernel[(chunks, B)](
+        backward_kernel[(B * chunks,)](
             grad_y,
             grad,
             grad if grad_plain is None else grad_plain,

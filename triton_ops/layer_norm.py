@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import check, power_of_two
+from triton_ops.launch import check_images, power_of_two
 
-TILE = (
-    4096  # values of a tile: at 8 warps 16 per thread and array, no spills (tests/triton_ops/test_compile.py)
-)
+# Values of a tile: at 8 warps 16 per thread and array, no spills (tests/triton_ops/test_compile.py).
+TILE = 4096
 MAX_WIDTH = 8192  # a row must fit one tile
 MAX_ROWS = 8
 CHUNK = 64  # tokens whose scale gradient one program sums
@@ -23,20 +22,40 @@ WARPS = 8
 
 
 @triton.jit
+def standardise(values, live, inside, D, eps):
+    """``values`` [ROWS, WIDTH] less their mean over D, divided by their deviation, and 1 / deviation [ROWS].
+
+    live: rows that exist; inside: values that do. The others are 0, whatever eps is.
+    """
+    mean = tl.sum(values, axis=1) / D
+    centred = tl.where(inside, values - mean[:, None], 0.0)
+    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    inverse_std = tl.where(live, inverse_std, 0.0)
+    return centred * inverse_std[:, None], inverse_std
+
+
+@triton.jit
+def standardise_gradient(inner, normal, inverse_std, D):
+    """Gradient of `standardise` for its values. inner: the gradient of ``normal``, its first result."""
+    mean_inner = tl.sum(inner, axis=1) / D
+    mean_dot = tl.sum(inner * normal, axis=1) / D
+    return inverse_std[:, None] * (inner - mean_inner[:, None] - normal * mean_dot[:, None])
+
+
+@triton.jit
 def forward_kernel(
     x, scale, modulated, plain, S, D, eps, HAS_PLAIN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Tokens [ROWS] of image program_id(1); scale [B, D]; plain is written only if HAS_PLAIN."""
-    image = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Tokens [ROWS] of one image; scale [B, D]; plain is written only if HAS_PLAIN."""
+    # Tiles of one image. All images lie on the grid's first axis, the only one that takes over 65,535.
+    tiles = tl.cdiv(S, ROWS)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    s = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     inside = (s < S)[:, None] & (d < D)[None, :]
-    place = image * S * D + s[:, None] * D + d[None, :]
+    place = (image * S + s)[:, None] * D + d[None, :]
     values = tl.load(x + place, mask=inside, other=0).to(tl.float32)
-    mean = tl.sum(values, axis=1) / D
-    centred = tl.where((d < D)[None, :], values - mean[:, None], 0.0)
-    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-    normal = centred * inverse_std[:, None]
+    normal, _ = standardise(values, s < S, inside, D, eps)
     factor = 1.0 + tl.load(scale + image * D + d, mask=d < D, other=0).to(tl.float32)
     tl.store(modulated + place, (normal * factor[None, :]).to(modulated.dtype.element_ty), mask=inside)
     if HAS_PLAIN:
@@ -59,31 +78,27 @@ def backward_kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Tokens [CHUNK] of image program_id(1), ROWS at a time; partial [B, chunks, D] fp32 sums of the scale gradient."""
-    image = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0)
+    """Tokens [CHUNK] of one image, ROWS at a time; partial [B, chunks, D] fp32 sums of the scale gradient."""
+    chunks = tl.cdiv(S, CHUNK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
     d = tl.arange(0, WIDTH)
     factor = 1.0 + tl.load(scale + image * D + d, mask=d < D, other=0).to(tl.float32)
     total = tl.zeros([WIDTH], dtype=tl.float32)
     for first in range(0, CHUNK, ROWS):
         s = chunk * CHUNK + first + tl.arange(0, ROWS)
         inside = (s < S)[:, None] & (d < D)[None, :]
-        place = image * S * D + s[:, None] * D + d[None, :]
+        place = (image * S + s)[:, None] * D + d[None, :]
         values = tl.load(x + place, mask=inside, other=0).to(tl.float32)
-        mean = tl.sum(values, axis=1) / D
-        centred = tl.where((d < D)[None, :], values - mean[:, None], 0.0)
-        inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)
-        normal = centred * inverse_std[:, None]
+        normal, inverse_std = standardise(values, s < S, inside, D, eps)
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32)
         total += tl.sum(g * normal, axis=0)
         inner = g * factor[None, :]
         if HAS_PLAIN:
             inner += tl.load(grad_plain + place, mask=inside, other=0).to(tl.float32)
-        mean_inner = tl.sum(inner, axis=1) / D
-        mean_dot = tl.sum(inner * normal, axis=1) / D
-        out = inverse_std[:, None] * (inner - mean_inner[:, None] - normal * mean_dot[:, None])
+        out = standardise_gradient(inner, normal, inverse_std, D)
         tl.store(grad_x + place, out.to(grad_x.dtype.element_ty), mask=inside)
-    tl.store(partial + (image * tl.num_programs(0) + chunk) * D + d, total, mask=d < D)
+    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d, total, mask=d < D)
 
 
 def tile(width: int, op: str = "modulated_layer_norm", most: int = MAX_WIDTH) -> tuple[int, int]:
@@ -101,14 +116,13 @@ def tile(width: int, op: str = "modulated_layer_norm", most: int = MAX_WIDTH) ->
 @torch.library.custom_op("triton_ops::modulated_layer_norm", mutates_args=())
 def modulated_layer_norm(x: Tensor, scale: Tensor, eps: float, with_plain: bool) -> tuple[Tensor, Tensor]:
     """``(LN(x) * (1 + scale), LN(x))`` of ``x`` [B, S, D], ``scale`` [B, D]; the second is empty unless asked for."""
-    check("modulated_layer_norm", x=x, scale=scale)
+    check_images("modulated_layer_norm", {"x": x}, {"scale": scale})
     B, S, D = x.shape
     rows, width = tile(D)
     modulated = torch.empty_like(x)
     plain = torch.empty_like(x) if with_plain else x.new_empty(0)
     if x.numel():
-        grid = (triton.cdiv(S, rows), B)
-        forward_kernel[grid](
+        forward_kernel[(B * triton.cdiv(S, rows),)](
             x,
             scale,
             modulated,
@@ -129,14 +143,15 @@ def modulated_layer_norm_backward(
     grad: Tensor, grad_plain: Tensor | None, x: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `modulated_layer_norm` for x and scale; ``grad_plain`` is None if LN(x) was not asked for."""
-    check("modulated_layer_norm_backward", grad=grad, x=x, scale=scale)
+    stream = {"x": x, "grad": grad} | ({} if grad_plain is None else {"grad_plain": grad_plain})
+    check_images("modulated_layer_norm_backward", stream, {"scale": scale})
     B, S, D = x.shape
     rows, width = tile(D)
     chunks = triton.cdiv(S, CHUNK)
     grad_x = torch.empty_like(x)
-    partial = x.new_zeros(B, chunks, D, dtype=torch.float32)
+    partial = x.new_empty(B, chunks, D, dtype=torch.float32)
     if x.numel():
-        backward_kernel[(chunks, B)](
+        backward_kernel[(B * chunks,)](
             grad,
             grad if grad_plain is None else grad_plain,
             x,

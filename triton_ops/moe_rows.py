@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import check, power_of_two
+from triton_ops.launch import check, check_index, check_shape, power_of_two
 
 ROWS = 8  # rows of a tile; with 256 columns it is 8 values per thread at 8 warps
 COLUMNS = 256
@@ -121,10 +121,22 @@ def _segment_sum(
     return out
 
 
+def _check_rows(op: str, name: str, tokens: Tensor, rows: Tensor, weight: Tensor, index: Tensor) -> None:
+    check(op, **{name: tokens}, rows=rows, weight=weight)
+    check_index(op, index)
+    if tokens.dim() != 2:
+        raise ValueError(f"{op}: {name} must be [T, D], got {list(tokens.shape)}")
+    check_shape(op, (index.shape[0], tokens.shape[1]), rows=rows)
+    check_shape(op, (index.shape[0],), weight=weight)
+
+
 @torch.library.custom_op("triton_ops::gather_rows", mutates_args=())
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` [N] int64 of ``x`` [T, D]; every index must lie in [0, T)."""
     check("gather_rows", x=x)
+    check_index("gather_rows", index)
+    if x.dim() != 2:
+        raise ValueError(f"gather_rows: x must be [T, D], got {list(x.shape)}")
     out = x.new_empty(index.shape[0], x.shape[1])
     if out.numel():
         grid, columns = _tiles(*out.shape)
@@ -136,20 +148,22 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 def gather_rows_backward(grad: Tensor, index: Tensor, tokens: int) -> Tensor:
     """Gradient of `gather_rows`: the rows of each token, added."""
     check("gather_rows_backward", grad=grad)
+    check_index("gather_rows_backward", index)
+    check_shape("gather_rows_backward", (index.shape[0], grad.shape[-1]), grad=grad)
     return _segment_sum(None, grad, None, index, tokens)
 
 
 @torch.library.custom_op("triton_ops::combine_rows", mutates_args=())
 def combine_rows(base: Tensor, rows: Tensor, weight: Tensor, index: Tensor) -> Tensor:
     """``base`` [T, D] + the sum over n of ``weight[n] * rows[n]`` at ``index[n]``; ``base`` is left unchanged."""
-    check("combine_rows", base=base, rows=rows, weight=weight)
+    _check_rows("combine_rows", "base", base, rows, weight, index)
     return _segment_sum(base, rows, weight, index, base.shape[0])
 
 
 @torch.library.custom_op("triton_ops::combine_rows_backward", mutates_args=())
 def combine_rows_backward(grad: Tensor, rows: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `combine_rows` for rows and weight (that for base is ``grad`` itself)."""
-    check("combine_rows_backward", grad=grad, rows=rows, weight=weight)
+    _check_rows("combine_rows_backward", "grad", grad, rows, weight, index)
     N, D = rows.shape
     grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
     if rows.numel():

@@ -13,15 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import DTYPES, power_of_two
+from triton_ops.launch import check, check_launchable, check_shape, power_of_two
 
 # Values of a tile: 8 per thread and array at 8 warps, so that two blocks fit (tests/triton_ops/test_compile.py).
 TILE = 2048
 MAX_WIDTH = 2048  # a row must fit one tile
 MAX_ROWS = 32
-CHUNK = (
-    256  # rows whose weight gradient one program sums; 512 programs per image of 1024 px, 16 heads and more
-)
+CHUNK = 256  # rows whose weight gradient one program sums; at 16 heads 256 programs per image of 1024 px
 WARPS = 8
 
 
@@ -67,7 +65,7 @@ def backward_kernel(
     w = tl.load(weight + k, mask=k < K, other=0).to(tl.float32)
     total = tl.zeros(
         [ROWS, WIDTH], dtype=tl.float32
-    )  # over rows only at the end: rows lie in different warps
+    )  # over rows only at the end: they lie in different warps
     for first in range(0, CHUNK, ROWS):
         n = chunk * CHUNK + first + tl.arange(0, ROWS)
         inside = (n < N)[:, None] & (k < K)[None, :]
@@ -81,6 +79,7 @@ def backward_kernel(
         inner = tl.reshape(back, [ROWS, WIDTH])
         values = tl.load(x + place, mask=inside, other=0).to(tl.float32)
         inverse_rms = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / K + eps)
+        inverse_rms = tl.where(n < N, inverse_rms, 0.0)  # rows that do not exist add 0 even where eps is 0
         normal = values * inverse_rms[:, None]
         total += inner * normal
         inner *= w[None, :]
@@ -103,19 +102,17 @@ def tile(width: int) -> tuple[int, int]:
 
 
 def _check(op: str, x: Tensor, weight: Tensor, rotation: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be [B, T, H, K], got {list(x.shape)}")
     T, K = x.shape[1], x.shape[3]
-    for name, t in {"x": x, "weight": weight}.items():
-        if t.dtype not in DTYPES:
-            kind = str(t.dtype).removeprefix("torch.")
-            raise ValueError(f"{op} takes float32, bfloat16 and float16; {name} is {kind}")
+    check(op, x=x)
+    check(op, weight=weight)  # on its own: it may have another dtype
+    check_launchable(op, rotation=rotation)
     if rotation.dtype != torch.float32 or rotation.shape != (T, K // 2, 2) or weight.shape != (K,):
         raise ValueError(
             f"{op}: for x {list(x.shape)} weight must be [{K}] and rotation [{T}, {K // 2}, 2] in float32, got "
             f"{list(weight.shape)} and {list(rotation.shape)}"
         )
-    for name, t in {"x": x, "weight": weight, "rotation": rotation}.items():
-        if not t.is_contiguous():
-            raise ValueError(f"{op}: {name} must be contiguous")
 
 
 def result_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -148,8 +145,8 @@ def norm_rope_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `norm_rope` for x and weight, in their dtypes."""
     _check("norm_rope_backward", x, weight, rotation)
-    if grad.shape != x.shape or not grad.is_contiguous():
-        raise ValueError("norm_rope_backward: grad must be contiguous and shaped as x")
+    check("norm_rope_backward", grad=grad)
+    check_shape("norm_rope_backward", x.shape, grad=grad)
     _, T, H, K = x.shape
     rows, width = tile(K)
     N = x.numel() // K

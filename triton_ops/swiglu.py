@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import check, power_of_two
+from triton_ops.launch import check, check_shape, power_of_two
 from triton_ops.tuning import Tile, pick, shape_class
 
 DEFAULT = Tile(rows=4, columns=512, depth=1, warps=8, stages=1)  # 8 values of each half per thread
@@ -119,6 +119,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def swiglu_backward(grad: Tensor, gate_up: Tensor, with_out: bool) -> tuple[Tensor, Tensor]:
     """Gradient of `swiglu` for ``gate_up``, and its result once more if ``with_out`` (else empty)."""
     _check("swiglu_backward", gate_up, grad=grad)
+    check_shape("swiglu_backward", (gate_up.shape[0], gate_up.shape[1] // 2), grad=grad)
     grad_gate_up = torch.empty_like(gate_up)
     out = torch.empty_like(grad) if with_out else grad.new_empty(0)
     if grad.numel():

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_ops.launch import check, power_of_two
+from triton_ops.launch import check, check_matrix, check_shape, power_of_two
 from triton_ops.tuning import Tile, pick, shape_class
 
 # A square tile of 128 takes 64 registers per thread for its sums at 8 warps, and 32 KiB of shared memory per stage in
@@ -42,14 +42,17 @@ def product_kernel(
     SIDE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Tile (i, j), i >= j, of out = alpha * x @ x^T + beta * addend, and its mirror image; matrix program_id(1)."""
-    p = tl.program_id(0)
+    """Tile (i, j), i >= j, of out = alpha * x @ x^T + beta * addend of one matrix, and its mirror image."""
+    across = tl.cdiv(R, SIDE)
+    # Tiles of one matrix. All matrices lie on the grid's first axis, the only one that takes over 65,535.
+    tiles = across * (across + 1) // 2
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    p = tl.program_id(0) % tiles
     # Tiles are counted row by row: row i begins at i * (i + 1) / 2. The two corrections undo rounding of the root.
     i = ((tl.sqrt(8.0 * p.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i += ((i + 1) * (i + 2) // 2 <= p).to(tl.int32)
     i -= (i * (i + 1) // 2 > p).to(tl.int32)
     j = p - i * (i + 1) // 2
-    matrix = tl.program_id(1).to(tl.int64)
     x += matrix * R * C
     r = i * SIDE + tl.arange(0, SIDE)
     c = j * SIDE + tl.arange(0, SIDE)
@@ -94,7 +97,7 @@ def launch(x: Tensor, addend: Tensor | None, alpha: float, beta: float, out: Ten
     side = min(tile.rows, max(16, power_of_two(R)))  # 16: the least side of a product on tensor cores
     depth = min(tile.depth, max(16, power_of_two(C)))
     across = triton.cdiv(R, side)
-    product_kernel[(across * (across + 1) // 2, n)](
+    product_kernel[(n * (across * (across + 1) // 2),)](
         x,
         x if addend is None else addend,
         out,
@@ -119,11 +122,14 @@ def symmetric_product(x: Tensor, addend: Tensor | None, alpha: float, beta: floa
         x: [n, R, C]. addend: [n, R, R], symmetric: only its lower triangle is read. None = nothing is added.
         out: [n, R, R], all of it is written; must not share memory with x or addend.
     """
+    if x.dim() != 3:
+        raise ValueError(f"symmetric_product: x must be [n, R, C], got {list(x.shape)}")
     n, R, _ = x.shape
-    check("symmetric_product", x=x, out=out, **({} if addend is None else {"addend": addend}))
-    for name, t in {"out": out, "addend": addend}.items():
-        if t is not None and t.shape != (n, R, R):
-            raise ValueError(f"symmetric_product: {name} must be {[n, R, R]}, got {list(t.shape)}")
+    squares = {"out": out} | ({} if addend is None else {"addend": addend})
+    check("symmetric_product", x=x, **squares)
+    check_shape("symmetric_product", (n, R, R), **squares)
+    for name, t in {"x": x, "out": out}.items():
+        check_matrix("symmetric_product", name, t)
     if out.numel():
         launch(x, addend, alpha, beta, out, tile_for(x))
 

@@ -48,8 +48,14 @@ def choose(work: Work, measure: Callable[[Callable[[], object]], float] = median
     Raises:
         RuntimeError: the default tile does not run here, so nothing can be compared.
     """
-    expected = [t.clone() for t in work.run(work.default)]
-    default_seconds = measure(lambda: work.run(work.default))
+    try:
+        expected = [t.clone() for t in work.run(work.default)]
+        default_seconds = measure(lambda: work.run(work.default))
+    except Exception as error:  # as below
+        reason = " ".join(str(error).split())[:200]
+        raise RuntimeError(
+            f"{work.op}, {work.shape}: the default tile does not run here: {reason}"
+        ) from error
     best, seconds, refused = work.default, default_seconds, {}
     for tile in work.candidates:
         if tile == work.default:
@@ -63,9 +69,7 @@ def choose(work: Work, measure: Callable[[Callable[[], object]], float] = median
             taken = measure(lambda tile=tile: work.run(tile))
             if taken < seconds:
                 best, seconds = tile, taken
-        except (
-            Exception
-        ) as error:  # too much shared memory or registers; triton has a type of its own for each
+        except Exception as error:  # too much shared memory or registers: triton has types of its own
             refused[tile] = " ".join(str(error).split())[:200]
     return Outcome(work.op, work.shape, best, seconds, default_seconds, refused)
 

@@ -38,6 +38,10 @@ class Tile(NamedTuple):
 # Largest value of each field: a tile's sides are at most 1024 (own choice), a block has at most 32 warps (CUDA),
 # and 8 stages of any tile here exceed the shared memory of a block.
 LIMITS = Tile(1024, 1024, 1024, 32, 8)
+# A product on tensor cores has sides of at least 16; other kernels take any tile.
+PRODUCTS = ("expert_ffn", "symmetric_product")
+LEAST_OF_PRODUCTS = Tile(16, 16, 16, 1, 1)
+LEAST = Tile(1, 1, 1, 1, 1)
 
 
 @functools.cache
@@ -103,7 +107,7 @@ def table(hardware: str) -> dict[str, dict[str, Tile]]:
     ):
         raise ValueError(f"{path}: tiles must be operation -> shape class -> tile")
     return {
-        op: {shape: _tile(raw, f"{path}: tiles, {op}, '{shape}'") for shape, raw in classes.items()}
+        op: {shape: _tile(op, raw, f"{path}: tiles, {op}, '{shape}'") for shape, raw in classes.items()}
         for op, classes in content["tiles"].items()
     }
 
@@ -133,13 +137,14 @@ def content(
     return dict(zip(KEYS, (hardware, versions, tiles, seconds), strict=True))
 
 
-def _tile(raw: object, where: str) -> Tile:
+def _tile(op: str, raw: object, where: str) -> Tile:
     if not isinstance(raw, dict) or set(raw) != set(Tile._fields):
         raise ValueError(f"{where}: must be an object with exactly {', '.join(Tile._fields)}")
-    for name, limit in LIMITS._asdict().items():
+    lowest = LEAST_OF_PRODUCTS if op in PRODUCTS else LEAST
+    for name, least, limit in zip(Tile._fields, lowest, LIMITS, strict=True):
         value = raw[name]
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and 1 <= value <= limit and (name == "stages" or value & (value - 1) == 0)):
+        if not (whole and least <= value <= limit and (name == "stages" or value & (value - 1) == 0)):
             what = "an integer" if name == "stages" else "a power of two"
-            raise ValueError(f"{where}: {name} must be {what} in 1..{limit}, got {value!r}")
+            raise ValueError(f"{where}: {name} must be {what} in {least}..{limit}, got {value!r}")
     return Tile(**raw)

@@ -1,11 +1,13 @@
 """NVIDIA DALI: a batch of JPEGs decoded, cropped and resized, on the CPU or partly on an NVIDIA GPU (``mixed``).
 
 A pipeline that has met an image it cannot decode raises, and is of no use afterwards: whoever runs it opens another
-(`data/decoders.py`). The CPU pipeline needs neither a GPU nor a driver.
+(`data/decoders.py`). The CPU pipeline needs neither a GPU nor a driver. A child of fork may open pipelines of its own.
 """
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +57,11 @@ CALLS = (
         "input size roi_start roi_end interp_type antialias",
     ),
 )
+_LAST_WORDS = "Current pipeline object is no longer valid."  # of every report, whatever the cause
+_opened: weakref.WeakSet[dali.Pipeline] = weakref.WeakSet()
+_inherited: list[dali.Pipeline] = []
+# A child of fork has none of their threads, for which their destructor would wait for ever: there they are kept.
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_opened))
 
 
 def why_unavailable(device: str) -> str | None:
@@ -88,6 +95,7 @@ class JpegPipeline:
             prefetch_queue_depth=1,
             exec_async=False,
         )
+        _opened.add(self._pipeline)
         with self._pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             start, end, size = (
@@ -127,8 +135,8 @@ class JpegPipeline:
             uint8 RGB [height, width, 3] each.
 
         Raises:
-            RuntimeError: an image cannot be decoded, which one is not told, or no memory is left. The pipeline is
-                lost.
+            RuntimeError: an image cannot be decoded, which one is not told, or no memory is left, in one line. The
+                pipeline is lost.
         """
         feeds = {
             "encoded": [np.frombuffer(payload, np.uint8) for payload in payloads],
@@ -138,6 +146,15 @@ class JpegPipeline:
         }
         for name, values in feeds.items():
             self._pipeline.feed_input(name, values)
-        (fitted,) = self._pipeline.run()
+        try:
+            (fitted,) = self._pipeline.run()
+        except RuntimeError as error:
+            raise RuntimeError(_cause(str(error))) from error
         fitted = fitted.as_cpu()
         return [np.array(fitted[i]) for i in range(len(payloads))]
+
+
+def _cause(report: str) -> str:
+    """What DALI's report, which tells where in the pipeline it happened, says of the cause."""
+    cause = report.rpartition("encountered:")[2].replace(_LAST_WORDS, "")
+    return " ".join(cause.split()).rstrip(" :")

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from megatron_nucleus.backends import deepep_contract as contract
+from megatron_nucleus.backends import recorded
 from megatron_nucleus.backends.deepep_rounds import arrived_rows, local_columns, round_choices, split_rounds
+from megatron_nucleus.backends.gpu import why_no_gpu
 
 # Sizes of a group that the kernels of `Buffer` are built for (documentation of DeepEP 1.x and CONTRACTS of `Buffer`).
 LEGACY_RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
@@ -32,13 +33,9 @@ ELASTIC = hasattr(deep_ep, "ElasticBuffer")
 
 def why_unavailable(device_type: str) -> str | None:
     """Why no transport of the library can run here, whatever the model; None when one may."""
-    if device_type != "cuda":
-        return f"runs on cuda, not on {device_type}"
-    if not torch.cuda.is_available():
-        return "needs an NVIDIA GPU, none is visible"
-    capability = torch.cuda.get_device_capability()
-    if capability < (9, 0):
-        return f"needs compute capability 9.0 or higher, this GPU has {capability[0]}.{capability[1]}"
+    reason = why_no_gpu(device_type, (9, 0))
+    if reason is not None:
+        return reason
     if cpp_extension.CUDA_HOME is None and shutil.which("nvcc") is None:
         return "compiles its kernels when they are first used and finds no nvcc (install the CUDA toolkit)"
     return None
@@ -46,7 +43,7 @@ def why_unavailable(device_type: str) -> str | None:
 
 def why_deepep_unavailable(ranks: int, experts: int, width: int) -> str | None:
     """Why `RoundsExchange` cannot serve this model; `why_unavailable` first."""
-    reason = contract.drift(deep_ep, contract.ELASTIC if ELASTIC else contract.LEGACY)
+    reason = _drift("deepep" if ELASTIC else "deepep Buffer")
     if reason is not None:
         return reason
     if not ELASTIC:
@@ -65,7 +62,11 @@ def why_deepep_unavailable(ranks: int, experts: int, width: int) -> str | None:
 
 def why_hybridep_unavailable(ranks: int, experts: int, width: int) -> str | None:
     """Why `RoutingMapExchange` cannot serve this model; `why_unavailable` first."""
-    return contract.drift(deep_ep, contract.HYBRID) or _uneven(width, 16)
+    return _drift("hybridep") or _uneven(width, 16)
+
+
+def _drift(library: str) -> str | None:
+    return recorded.drift(deep_ep, recorded.library(library).calls)
 
 
 def _uneven(width: int, multiple: int) -> str | None:
@@ -207,7 +208,8 @@ class _Elastic:
         return x_MD, idx_MK, weight_MK, handle
 
     def dispatch_again(self, x_TD: Tensor, handle: Any) -> Tensor:
-        return self.buffer.dispatch(x=x_TD, handle=handle)[0]
+        # With a handle, too, the library counts its blocks from num_experts, before it looks into the handle.
+        return self.buffer.dispatch(x=x_TD, handle=handle, num_experts=self.experts)[0]
 
     def combine(self, x_MD: Tensor, handle: Any, weight_MK: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.buffer.combine(x=x_MD, handle=handle, topk_weights=weight_MK)[:2]

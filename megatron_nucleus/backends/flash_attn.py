@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_nucleus.backends import recorded
 from megatron_nucleus.backends.gpu import why_no_gpu, why_no_heads
-from megatron_nucleus.backends.key_lengths import as_sequences, computed_dtype, key_lengths
+from megatron_nucleus.backends.key_lengths import as_sequences, computed_dtype
 from megatron_nucleus.ops.registry import Request, missing
 
 # Compute capabilities (README of each) and widest head. 2: Ampere and newer. 3: H100 / H800, kernels of Hopper alone.
@@ -119,7 +119,7 @@ def _attend(version: int, q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_B
     if mask_BT is None:
         out = library.flash_attn_func(q=q_BSHK, k=k_BTGK, v=v_BTGK, deterministic=deterministic)
         return _tensor(out).flatten(2)
-    sequences = as_sequences(key_lengths(mask_BT), q_BSHK.shape[1], k_BTGK.shape[1])
+    sequences = as_sequences(mask_BT, q_BSHK.shape[1])
     out = library.flash_attn_varlen_func(
         q=q_BSHK.flatten(0, 1),
         k=k_BTGK.flatten(0, 1),

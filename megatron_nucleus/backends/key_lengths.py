@@ -4,11 +4,15 @@ Keys that count stand first in every row ([image ; text ; padding], `ops.attenti
 row. Kernels of variable length want sequences that lie one behind the other without gaps. Here each row becomes two:
 its S queries over the keys that count, and its padding as a sequence without queries. Keys and values stay where they
 are, no score of padding is computed, and a key without a query has gradient zero.
+
+All layers of a forward pass get the same mask, so what is made of it is made once (`of_each_mask`).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +29,33 @@ class Sequences(NamedTuple):
     key_bounds: Tensor
     longest_query: int
     longest_key: int
+
+
+def of_each_mask(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make(mask_BT, *sizes)``, whose last result is kept on the mask itself and goes with it.
+
+    A mask that was written to since counts as another. Nothing is kept where a compiler or a CUDA graph records the
+    call: what they replay must follow the mask's values.
+    """
+
+    @functools.wraps(make)
+    def look_up(mask_BT: Tensor, *sizes: int) -> Any:
+        if _is_recorded(mask_BT) or mask_BT.is_inference():  # the latter counts no writes
+            return make(mask_BT, *sizes)
+        key, name = (mask_BT._version, *sizes), f"_{make.__name__}"
+        kept = getattr(mask_BT, name, None)
+        if kept is None or kept[0] != key:
+            kept = key, make(mask_BT, *sizes)
+            setattr(mask_BT, name, kept)
+        return kept[1]
+
+    return look_up
+
+
+def _is_recorded(mask_BT: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return mask_BT.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def key_lengths(mask_BT: Tensor) -> Tensor:
@@ -44,8 +75,10 @@ def key_lengths(mask_BT: Tensor) -> Tensor:
     return lengths_B
 
 
-def as_sequences(lengths_B: Tensor, queries: int, keys: int) -> Sequences:
-    """Rows of ``queries`` queries and ``keys`` keys each, of which the first ``lengths_B`` [B] int32 count."""
+@of_each_mask
+def as_sequences(mask_BT: Tensor, queries: int) -> Sequences:
+    """Rows of ``queries`` queries and T keys each, of which the first ones count (errors as `key_lengths`)."""
+    lengths_B, keys = key_lengths(mask_BT), mask_BT.shape[1]
     step = torch.arange(2 * lengths_B.shape[0] + 1, device=lengths_B.device, dtype=torch.int32)
     query_bounds = (step + 1) // 2 * queries
     key_bounds = step // 2 * keys

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_nucleus.backends.gpu import why_no_gpu, why_no_heads
-from megatron_nucleus.backends.key_lengths import as_sequences, computed_dtype, key_lengths
+from megatron_nucleus.backends.key_lengths import as_sequences, computed_dtype
 from megatron_nucleus.ops.attention import attention
 from megatron_nucleus.ops.registry import Request, Sizes
 
@@ -49,7 +49,7 @@ def flash(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BT: Tensor | None
     if mask_BT is None:
         return _attend(SDPBackend.FLASH_ATTENTION, q_BSHK, k_BTGK, v_BTGK, None)
     q_BSHK, k_BTGK, v_BTGK = computed_dtype(q_BSHK.device.type, q_BSHK, k_BTGK, v_BTGK)
-    sequences = as_sequences(key_lengths(mask_BT), q_BSHK.shape[1], k_BTGK.shape[1])
+    sequences = as_sequences(mask_BT, q_BSHK.shape[1])
     grouped = {"enable_gqa": q_BSHK.shape[2] != k_BTGK.shape[2]} if _VARLEN_ASKS_FOR_GROUPS else {}
     out = varlen_attn(
         q_BSHK.flatten(0, 1),

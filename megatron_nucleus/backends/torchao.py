@@ -27,6 +27,8 @@ _RECIPES = {"current": "tensorwise", "rowwise": "rowwise"}
 # Rows of a group must be a multiple of this (documentation of the grouped product).
 GROUP_ROWS = 16
 _LEAST = {"current": (8, 9), "rowwise": (9, 0)}  # compute capability, documentation of torchao.float8
+# torch's scaled grouped product, below torchao's, takes generations 9 and 10 (aten/native/cuda/GroupedBlas.cpp).
+_EXPERTS_RUN_ON = ((9, 0), (10, 9))
 
 
 def why_unavailable(device_type: str, recipe: str | None, experts: bool) -> str | None:
@@ -37,10 +39,13 @@ def why_unavailable(device_type: str, recipe: str | None, experts: bool) -> str 
     reason = why_no_gpu(device_type, _LEAST.get(recipe, _LEAST["current"]))
     if reason is None:
         reason = recorded.drift(torchao.float8, recorded.library("torchao float8").calls)
-    return _why_no_experts() if reason is None and experts else reason
+    return _why_no_experts(device_type) if reason is None and experts else reason
 
 
-def _why_no_experts() -> str | None:
+def _why_no_experts(device_type: str) -> str | None:
+    reason = why_no_gpu(device_type, *_EXPERTS_RUN_ON)
+    if reason is not None:
+        return f"{reason} (for experts)"
     try:
         return recorded.drift(*_grouped_module())
     except Exception as error:  # a prototype with Triton kernels of its own
@@ -70,7 +75,8 @@ def _in_bf16(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def expert_ffn(rows_END: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor, *, recipe: str) -> Tensor:
     """`ops.experts.expert_ffn` with both products in FP8, rowwise; computes in bfloat16.
 
-    An expert's rows are filled up with zeros to a multiple of 16, which changes nothing but the time.
+    An expert's rows are filled up with zeros to a multiple of 16, which changes nothing but the time. Autograd keeps
+    a bfloat16 copy of this rank's matrices, column by column, until the layer's backward pass.
     """
     E, N, _ = rows_END.shape
     dtype = rows_END.dtype
@@ -86,9 +92,7 @@ def expert_ffn(rows_END: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor, *, reci
 
 
 def _product(rows_NK: Tensor, weight_EKM: Tensor, ends_E: Tensor) -> Tensor:
-    weight_EKM = (
-        weight_EKM.to(torch.bfloat16).mT.contiguous().mT
-    )  # each matrix column by column, as it must be
+    weight_EKM = weight_EKM.to(torch.bfloat16).mT.contiguous().mT  # column by column, as it must be
     return _grouped_product()(
         A=rows_NK,
         B_t=weight_EKM,

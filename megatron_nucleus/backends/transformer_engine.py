@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
 from megatron_nucleus.backends import recorded
 from megatron_nucleus.backends.gpu import why_no_gpu, why_no_heads
-from megatron_nucleus.backends.key_lengths import computed_dtype, key_lengths
+from megatron_nucleus.backends.key_lengths import computed_dtype, key_lengths, of_each_mask
 from megatron_nucleus.ops.registry import Request
 
 
@@ -32,7 +33,7 @@ def why_unfit(request: Request) -> str | None:
 def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """`ops.attention.attention`."""
     q_BSHK, k_BTGK, v_BTGK = computed_dtype(q_BSHK.device.type, q_BSHK, k_BTGK, v_BTGK)
-    B, S, H, K = q_BSHK.shape
+    _, S, H, K = q_BSHK.shape
     T, G = k_BTGK.shape[1:3]
     attend = _module(H, K, G, torch.are_deterministic_algorithms_enabled())
     if mask_BT is None:
@@ -40,9 +41,7 @@ def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BT: Tensor | 
             query_layer=q_BSHK, key_layer=k_BTGK, value_layer=v_BTGK, attn_mask_type="no_mask"
         ).flatten(2)
     k_BTGK, v_BTGK = _NoPaddingGradient.apply(k_BTGK, v_BTGK, mask_BT)
-    zero = torch.zeros(1, dtype=torch.int32, device=q_BSHK.device)
-    query_bounds = torch.arange(B + 1, dtype=torch.int32, device=q_BSHK.device) * S
-    key_bounds = torch.cat([zero, key_lengths(mask_BT).cumsum(0, dtype=torch.int32)])
+    query_bounds, key_bounds = _bounds(mask_BT, S)
     return attend(
         query_layer=q_BSHK,
         key_layer=k_BTGK,
@@ -53,6 +52,14 @@ def attention(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask_BT: Tensor | 
         max_seqlen_q=S,
         max_seqlen_kv=T,
     ).flatten(2)
+
+
+@of_each_mask
+def _bounds(mask_BT: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys that count begin in each row, as if nothing else were there: [B + 1] int32."""
+    lengths_B = key_lengths(mask_BT)
+    rows = torch.arange(len(lengths_B) + 1, dtype=torch.int32, device=mask_BT.device)
+    return rows * queries, F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 @functools.cache

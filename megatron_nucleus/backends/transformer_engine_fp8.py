@@ -41,6 +41,10 @@ def why_unavailable(device_type: str, recipe: str | None, experts: bool) -> str 
     name = RECIPES[recipe or "current"]
     if not hasattr(te_recipe, name):
         return f"needs transformer_engine.common.recipe.{name}, which this version does not have"
+    if recipe == "delayed":
+        reason = recorded.drift(te_recipe, recorded.library("transformer_engine recipes").calls)
+        if reason is not None:
+            return reason
     probe = {
         "blockwise": "is_fp8_block_scaling_available",
         "mxfp8": "is_mxfp8_available",
@@ -81,16 +85,25 @@ class BorrowingLinear(nn.Linear):
 
 
 def convert_linears(model: nn.Module, names: frozenset[str], recipe: str) -> None:
-    """Replace the linear layers of these names, and run every block in the library's FP8 context.
+    """Replace the linear layers of these names, and run them in the library's FP8 context.
 
-    The context surrounds a block and not the model, so that a recomputed block is in it, too.
+    The context surrounds each block, so that a recomputed block is in it, too. Delayed scaling, which is never
+    recomputed, has one around the whole model: whenever its outermost context ends, the library moves the history of
+    every layer on, also of layers that did not run in it, and reduces what it saw over all ranks. With a context per
+    block it would remember as many times fewer steps as there are blocks.
     """
-    made = getattr(te_recipe, RECIPES[recipe])()
+    made = _recipe(recipe)
     for name in names:
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, BorrowingLinear(model.get_submodule(name), recipe))
-    for block in model.blocks:
-        block.forward = _within(block.forward, made)
+    for module in [model] if recipe == "delayed" else model.blocks:
+        module.forward = _within(module.forward, made)
+
+
+def _recipe(recipe: str) -> te_recipe.Recipe:
+    # Every rank scales what it holds: without this, delayed scaling adds a collective of all ranks to each pass.
+    settings = {"reduce_amax": False} if recipe == "delayed" else {}
+    return getattr(te_recipe, RECIPES[recipe])(**settings)
 
 
 def _within(forward, made):

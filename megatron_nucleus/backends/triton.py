@@ -8,9 +8,11 @@ from torch import Tensor
 
 from megatron_nucleus.ops.orthogonalize import coefficients, normalise
 from megatron_nucleus.ops.registry import Request
+from megatron_nucleus.ops.stochastic_round import check, halves, spans
 from triton_ops import expert_ffn as experts
 from triton_ops import gated_residual, layer_norm, moe_rows, symmetric, tuning
 from triton_ops import norm_rope as rope
+from triton_ops import stochastic_round as rounding
 from triton_ops import swiglu as activation
 
 
@@ -75,7 +77,7 @@ def gated_residual_norm(
 
 def norm_rope(x_BTHK: Tensor, weight_K: Tensor, rotation_TK: Tensor, eps: float) -> Tensor:
     """`ops.norm_rope.norm_rope`."""
-    turn = torch.view_as_real(rotation_TK.contiguous())
+    turn = torch.view_as_real(rotation_TK.resolve_conj().contiguous())
     return rope.norm_rope(x_BTHK.contiguous(), weight_K.contiguous(), turn, eps)
 
 
@@ -98,6 +100,17 @@ def expert_ffn_fused(rows_END: Tensor, gate_up_EDF2: Tensor, down_EFD: Tensor) -
 def orthogonalize(stack_nrc: Tensor, steps: int, overwrite: bool = False) -> Tensor:
     """`ops.orthogonalize.orthogonalize`."""
     return symmetric.newton_schulz(normalise(stack_nrc, overwrite), coefficients(steps))
+
+
+def stochastic_round(values: Tensor, key: int, first: int = 0, out: Tensor | None = None) -> Tensor:
+    """`ops.stochastic_round.stochastic_round`: the same bits."""
+    check(values, first, out)
+    values = values.float().contiguous()
+    out = torch.empty_like(values, dtype=torch.int16) if out is None else out
+    for low, high in spans(first, values.numel()) if values.numel() else ():
+        part = slice(low - first, high - first)
+        rounding.launch(values[part], out[part], low, *halves(key, low))
+    return out
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ def parallelize(
 
     Args:
         model: on any device; on meta nothing is allocated until `materialise`.
-        bf16: gather weights in bfloat16; the stored ones, gradients and their reduction stay fp32.
+        bf16: gather weights in bfloat16; stored ones and gradients keep their dtype, gradients are reduced in fp32.
     """
     if parallel.world > 1:
         _share_experts(model, config, parallel, bf16)

@@ -6,11 +6,13 @@ differs between forward and recomputation, upsets the count. Here only the kept 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +34,7 @@ COSTLY = {
 
 # The same of optional libraries, whose operations exist only once they are loaded: by name.
 COSTLY_NAMES = {
+    "aten::_scaled_grouped_mm",
     "triton_ops::expert_gate_up",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_forward",
@@ -71,7 +74,34 @@ class _Replay(_Record):
         recorded, out = self.results.popleft()
         if recorded is not op:
             raise RuntimeError(f"recomputation calls {op} where the forward pass called {recorded}")
-        return out
+        return out.stand_in() if isinstance(out, _Forgotten) else out
+
+
+class _Forgotten:
+    """What is left of a result that nothing reads again."""
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self.one = tensor.shape, tensor.new_full((), math.nan)
+
+    def stand_in(self) -> Tensor:
+        """Of the same shape, without memory of its own; NaN, so that a reader would not go unnoticed."""
+        return self.one.expand(self.shape)
+
+
+def forget(tensor: Tensor) -> None:
+    """Keep no values of a kept result that goes into a kept operation alone, which is not repeated.
+
+    Does nothing outside of a forward pass that will be recomputed, or where ``tensor`` is no kept operation's result.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    mode = next((m for m in reversed(modes) if isinstance(m, _Record)), None)
+    if mode is None or isinstance(mode, _Replay) or not tensor.numel():
+        return
+    for i in reversed(range(len(mode.results))):
+        op, out = mode.results[i]
+        if isinstance(out, Tensor) and out.data_ptr() == tensor.data_ptr() and out.shape == tensor.shape:
+            mode.results[i] = (op, _Forgotten(out))
+            return
 
 
 def replaying() -> bool:

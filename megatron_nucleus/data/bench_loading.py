@@ -72,12 +72,13 @@ def time_decoders(corpus: Corpus, names: Sequence[str], side_px: int, batch: int
     median over the turns. A library's time includes what it is given the images by: header and sha256.
 
     Args:
-        names: of `decoders.DECODERS`, all able to run here. side_px: of the square. batch: images given at once.
+        names: of `decoders.DECODERS`, Pillow among them, all able to run here. side_px: of the square. batch: images
+            given at once.
 
     Returns:
         by decoder: ``decoder``, ``images_per_s``, ``low`` and ``high`` over the turns, ``library_frac`` of the images
-        that the library decoded, and beside Pillow's pixels: ``mean_difference`` in levels of 255, ``over_1_frac`` of
-        the values that differ by more than one level.
+        that the library decoded, and beside Pillow's pixels of the first batch: ``mean_difference`` in levels of 255,
+        ``over_1_frac`` of the values that differ by more than one level.
     """
     samples = [corpus.read(row) for row in range(len(corpus))]
     opened = {name: decoders.open_decoder(name, corpus) for name in names}
@@ -138,10 +139,14 @@ def time_loader(config: DataConfig, corpus: Corpus, batch: int, batches: int) ->
 def time_waiting(config: DataConfig, corpus: Corpus, batch: int, batches: int, step_s: float) -> dict:
     """``waiting_frac``: share of its time that a consumer waits which takes a micro-batch, then sleeps ``step_s``.
 
-    That is a training process whose work is done by a GPU. What lies ready at the start is taken off, so this is
-    the long run.
+    That is a training process whose work is done by a GPU. What lies ready at the start is taken off, then it has
+    `WARM_UP_BATCHES` to find its pace, so this is the long run.
     """
     with open_loader(config, corpus, batch) as loader:
+        for _ in range(WARM_UP_BATCHES):
+            next(loader)
+            time.sleep(step_s)
+        loader.take_waited_s()
         start_s = time.perf_counter()
         for _ in range(batches):
             next(loader)

@@ -3,7 +3,8 @@
 Pillow (`data/images.py`) is the rule that curation applied. Another library is used under these terms:
 
 - It gets a JPEG whose bytes are those that curation decoded completely (their sha256 is the sample's id) and whose
-  header asks for a decode alone: RGB or grey, no colour profile but sRGB, one picture. Pillow decodes the rest.
+  header asks for a decode alone: RGB or grey, no colour profile but sRGB, one picture, at most `MAX_RUN_PIXELS`.
+  Pillow decodes the rest.
 - What it refuses is found by halving the batch, on a new pipeline each time, because one image ends a pipeline.
   Pillow then decodes that image, or says what is wrong with it.
 
@@ -17,11 +18,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
 
 from megatron_nucleus.data import images
 from megatron_nucleus.data.dataset import Corpus, StoredSample
@@ -29,8 +32,11 @@ from megatron_nucleus.utils.errors import ConfigError, DataError
 
 PILLOW, DALI, DALI_MIXED = DECODERS = ("pillow", "dali", "dali_mixed")
 _DEVICES = {DALI: "cpu", DALI_MIXED: "mixed"}  # as backends/dali.py names them
-# So many images in a row that the library alone refuses are its own failure (no memory, say); own choice.
+# Whole pictures lie in memory before they are cut, and a library keeps what it has taken: 96 MiB, own choice.
+MAX_RUN_PIXELS = 2**25
+# After so many images in a row that the library alone refuses, a plain one tells whether it works at all; own choice.
 MAX_REFUSED_IN_A_ROW = 16
+_PROBE_PX = 16
 # EXIF orientation -> what makes a stored picture [H, W, 3] upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda x: x,
@@ -69,10 +75,11 @@ class Counts:
 
 
 class _Task(NamedTuple):
-    """One image for the library, as it is stored; index: its place in the batch."""
+    """One image for the library, as it is stored; index: its place in the batch. pixels: of the whole picture."""
 
     index: int
     payload: bytes
+    pixels: int
     box_px: tuple[float, float, float, float]
     size_px: tuple[int, int]
     orientation: int
@@ -111,7 +118,7 @@ class BatchDecoder:
             per image: uint8 RGB [height, width, 3], or what is wrong with it.
 
         Raises:
-            DataError: the library fails on everything.
+            DataError: the library opens no pipeline, or fails on everything.
         """
         out: dict[int, np.ndarray | images.UnusableImage] = {}
         refused: dict[int, str] = {}
@@ -120,8 +127,8 @@ class BatchDecoder:
             for index, (payload, sample_id) in enumerate(zip(payloads, ids, strict=True))
             if (task := _plan(index, payload, sample_id, width, height)) is not None
         ]
-        for first in range(0, len(tasks), self._max_images):
-            self._run(tasks[first : first + self._max_images], out, refused)
+        for piece in _pieces(tasks, self._max_images):
+            self._run(piece, out, refused)
         self.counts.library += len(out)
         for index, payload in enumerate(payloads):
             if index not in out:
@@ -132,41 +139,58 @@ class BatchDecoder:
 
     def _run(self, tasks: list[_Task], out: dict, refused: dict[int, str]) -> None:
         """Decode ``tasks`` into ``out``; those that the library cannot decode even alone into ``refused``."""
+        made = self._try(tasks)
+        if not isinstance(made, str):
+            self._refused_in_a_row = 0
+            for task, picture in zip(tasks, made, strict=True):
+                out[task.index] = _UPRIGHT[task.orientation](picture)
+        elif len(tasks) == 1:
+            refused[tasks[0].index] = made
+        else:
+            middle = len(tasks) // 2
+            self._run(tasks[:middle], out, refused)
+            self._run(tasks[middle:], out, refused)
+
+    def _try(self, tasks: list[_Task]) -> list[np.ndarray] | str:
+        """The pictures, or what the library said. Nothing of a lost pipeline is left when this returns."""
         if self._pipeline is None:
-            self._pipeline = self._open_pipeline()
-            self.counts.pipelines += 1
+            self._pipeline = self._open()
         try:
-            pictures = self._pipeline.run(
+            return self._pipeline.run(
                 [t.payload for t in tasks], [t.box_px for t in tasks], [t.size_px for t in tasks]
             )
         except Exception as error:  # whatever the library raises, its pipeline is lost
             self._pipeline = None
-            if len(tasks) == 1:
-                refused[tasks[0].index] = _reason(error)
-                return
-            middle = len(tasks) // 2
-            self._run(tasks[:middle], out, refused)
-            self._run(tasks[middle:], out, refused)
-        else:
-            self._refused_in_a_row = 0
-            for task, picture in zip(tasks, pictures, strict=True):
-                out[task.index] = _UPRIGHT[task.orientation](picture)
+            return _reason(error)
+
+    def _open(self) -> Pipeline:
+        self.counts.pipelines += 1
+        try:
+            return self._open_pipeline()
+        except Exception as error:  # no memory, no threads, no driver
+            raise DataError(
+                f"--image-decoder {self.name}: cannot open a pipeline ({_reason(error)}); use --image-decoder {PILLOW}"
+            ) from error
 
     def _by_pillow(self, payload: bytes, width: int, height: int) -> np.ndarray | images.UnusableImage:
         self.counts.pillow += 1
         try:
             return images.load_pixels(payload, width, height)
-        except images.UnusableImage as error:
-            return error
+        except images.UnusableImage as error:  # without its frames, which hold the whole batch
+            return images.UnusableImage(error.reason, error.detail)
 
     def _count_refusal(self, sample_id: str, reason: str) -> None:
         self.counts.refused += 1
         self._refused_in_a_row += 1
         log.warning("%s refused %s, Pillow decoded it (%s)", self.name, sample_id, reason)
-        if self._refused_in_a_row >= MAX_REFUSED_IN_A_ROW:
+        if self._refused_in_a_row < MAX_REFUSED_IN_A_ROW:
+            return
+        self._refused_in_a_row = 0
+        said = self._try([_probe()])
+        if isinstance(said, str):
             raise DataError(
-                f"--image-decoder {self.name}: refused {self._refused_in_a_row} images in a row that Pillow decodes, "
-                f"the last one {sample_id} ({reason}); use --image-decoder pillow"
+                f"--image-decoder {self.name}: refused {MAX_REFUSED_IN_A_ROW} images in a row that Pillow decodes, the "
+                f"last one {sample_id} ({reason}), then a plain one ({said}); use --image-decoder {PILLOW}"
             )
 
 
@@ -218,8 +242,11 @@ def reader(
 
     def read(row: int) -> StoredSample:
         found = ready[row] if row in ready else _read_together(corpus, decoder, [row], size_px)[row]
-        if isinstance(found, Exception):
-            raise found
+        # New ones: an exception that is raised holds this frame, and with it every picture of the batch.
+        if isinstance(found, images.UnusableImage):
+            raise images.UnusableImage(found.reason, found.detail)
+        if isinstance(found, DataError):
+            raise DataError(str(found))
         return found
 
     return read
@@ -234,7 +261,7 @@ def _read_together(
         try:
             samples[row] = corpus.read(row)
         except DataError as error:
-            found[row] = error
+            found[row] = DataError(str(error))
     payloads, ids = [s.payload for s in samples.values()], [s.id for s in samples.values()]
     decoded = decoder.decode(payloads, ids, *size_px)
     for (row, sample), pixels in zip(samples.items(), decoded, strict=True):
@@ -247,12 +274,34 @@ def _plan(index: int, payload: bytes, sample_id: str, width: int, height: int) -
     if hashlib.sha256(payload).hexdigest() != sample_id:
         return None
     header = images.plain_jpeg(payload)
-    if header is None:
+    if header is None or header.width_px * header.height_px > MAX_RUN_PIXELS:
         return None
     if header.orientation >= 5:  # stored sideways
         width, height = height, width
     box_px = images.crop_box(header.width_px, header.height_px, width / height)
-    return _Task(index, payload, box_px, (width, height), header.orientation)
+    pixels = header.width_px * header.height_px
+    return _Task(index, payload, pixels, box_px, (width, height), header.orientation)
+
+
+def _pieces(tasks: list[_Task], max_images: int) -> Iterator[list[_Task]]:
+    """Runs of up to ``max_images`` images and `MAX_RUN_PIXELS`, in order."""
+    piece: list[_Task] = []
+    for task in tasks:
+        if len(piece) == max_images or sum(t.pixels for t in piece) + task.pixels > MAX_RUN_PIXELS:
+            yield piece
+            piece = []
+        piece.append(task)
+    if piece:
+        yield piece
+
+
+@functools.cache
+def _probe() -> _Task:
+    """The plainest JPEG there is."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (_PROBE_PX, _PROBE_PX)).save(buffer, "JPEG")
+    side = float(_PROBE_PX)
+    return _Task(0, buffer.getvalue(), _PROBE_PX**2, (0.0, 0.0, side, side), (_PROBE_PX, _PROBE_PX), 1)
 
 
 def _library():

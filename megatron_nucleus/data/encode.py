@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_nucleus.data import buckets, images, index
 from megatron_nucleus.data.dataset import EMPTY_TEXT_FILE, Corpus, open_corpus, pack_empty_text, pack_features
 from megatron_nucleus.data.encoders import LatentCodec, TextEncoder
-from megatron_nucleus.data.loader import start_worker
 from megatron_nucleus.data.manifest import claim_output, write_manifest
 from megatron_nucleus.data.shards import MAX_SHARD_BYTES, ShardInfo, ShardReader, ShardWriter, encode_json
+from megatron_nucleus.data.workers import start_worker
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.devices import DTYPES
 from megatron_nucleus.utils.errors import ConfigError, DataError

@@ -6,18 +6,13 @@ the rank or the point where a run was resumed.
 
 from __future__ import annotations
 
-import atexit
 import collections
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import itertools
 import logging
 import math
 import os
-import signal
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -33,13 +28,11 @@ from megatron_nucleus.data.dataset import Corpus
 from megatron_nucleus.data.mixture import CaptionCurve, CaptionMix, Mixture, corpus_mixture
 from megatron_nucleus.data.planner import Planner, StepPlan
 from megatron_nucleus.data.samples import DROPPED, Job, Made, SampleMaker
+from megatron_nucleus.data.workers import Batches, deaths_told_by_next, start_worker, stop_signals_held
 from megatron_nucleus.types import RawBatch
 from megatron_nucleus.utils.config import knob
-from megatron_nucleus.utils.errors import ConfigError, DataError
+from megatron_nucleus.utils.errors import ConfigError, DataError, UserError
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_S = 120  # a worker told to end lives on this long, so that the program can finish its step and save
 _NO_CURRICULUM = CurriculumConfig()
 log = logging.getLogger(__name__)
 
@@ -113,9 +106,8 @@ class Loader:
     def __init__(self, jobs: Iterator[Job], maker: SampleMaker, config: DataConfig, planner: Planner):
         self.planner, self.substituted = planner, 0
         self._mixture = _empty_mixture()
-        self._waiting: collections.deque[Job] = (
-            collections.deque()
-        )  # given to the workers, not handed out yet
+        # Given to the workers, not handed out yet.
+        self._waiting: collections.deque[Job] = collections.deque()
         jobs = _remember(jobs, self._waiting)
         workers = config.num_workers
         loader = DataLoader(
@@ -129,12 +121,12 @@ class Loader:
             generator=torch.Generator(),  # else DataLoader draws from the run's global generator
         )
         self._waited_s = 0.0
-        with _stop_signals_held():
+        with stop_signals_held(), deaths_told_by_next():
             batches = iter(loader)  # starts the workers
             if maker.decoder is not None and maker.decoder.own_thread:
                 batches = Ahead(batches, config.prefetch_batches)
-            self._batches = _Batches(batches)
-        weakref.finalize(self, self._batches.stop).atexit = False  # the order at exit matters: see _Batches
+            self._batches = Batches(batches)
+        weakref.finalize(self, self._batches.stop).atexit = False  # the order at exit matters: see `Batches`
 
     def __iter__(self) -> Loader:
         return self
@@ -146,6 +138,12 @@ class Loader:
         except KeyboardInterrupt:
             self.close()  # a batch may have been lost on the way: going on would wait for it
             raise
+        except (RuntimeError, OSError, EOFError) as error:  # what DataLoader raises depends on the moment
+            lost = self._batches.why_lost()
+            if lost is None:
+                raise
+            self.close()
+            raise UserError(lost) from error
         self._waited_s += time.perf_counter() - started
         if isinstance(made, DataError):
             raise made
@@ -362,61 +360,6 @@ class _Jobs(IterableDataset):
 
     def __iter__(self) -> Iterator[Made | DataError]:
         return (self._maker[job] for job in self._jobs)
-
-
-class _Batches:
-    """A DataLoader iterator that is stopped for certain, once: by close, by dropping the loader, or at exit.
-
-    Dropping the iterator alone is not enough: the traceback of an error keeps it alive. At exit, workers must be
-    gone before multiprocessing's own exit handler waits for them; handlers registered later run earlier.
-    """
-
-    def __init__(self, iterator: Iterator[Made | DataError]):
-        self.iterator = iterator
-        atexit.register(self.stop)
-
-    def stop(self) -> None:
-        iterator, self.iterator = self.iterator, iter(())
-        atexit.unregister(self.stop)
-        # absent when there are neither workers nor a thread
-        shutdown = getattr(iterator, "_shutdown_workers", getattr(iterator, "close", None))
-        if shutdown is not None:
-            shutdown()
-
-
-@contextlib.contextmanager
-def _stop_signals_held() -> Iterator[None]:
-    """Keep SIGINT and SIGTERM pending, here and in the workers started meanwhile, until `start_worker` is ready."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker(_: int, parent: int) -> None:
-    """The main process decides when to stop: a signal to the group must not kill its loader first.
-
-    Args:
-        parent: process id of the program that owns the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    _end_with_parent(parent)
-
-
-def _end_with_parent(parent: int) -> None:
-    """Linux: the kernel kills this worker when the process that started it is gone, however that ended.
-
-    Elsewhere DataLoader's own watch remains, which looks only between two batches, and which misses a parent that
-    was gone before the worker came up.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the worker came this far
-        os._exit(1)
 
 
 def _identity(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -75,7 +76,7 @@ class SampleMaker(Dataset):
         slots = range(job.first_slot, job.first_slot + len(job.rows))
         marks = caption_marks(self.seed, job.step, slots, job.step_samples).tolist()
         try:
-            with images.quiet_decoding():
+            with self._quiet():
                 read = reader(self.corpus, self.decoder, job.rows, self.sizes.get(job.bucket))
                 items = [
                     self._sample(job, i, marks[i], read, problems, captions) for i in range(len(job.rows))
@@ -83,6 +84,11 @@ class SampleMaker(Dataset):
         except DataError as error:
             return error
         return Made(_collate(job.bucket, job.draws, job.step_samples, items), problems, dict(captions))
+
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
+        """No warnings of Pillow's, but in a thread: their filters are the whole process's."""
+        threaded = self.decoder is not None and self.decoder.own_thread
+        return contextlib.nullcontext() if threaded else images.quiet_decoding()
 
     def _sample(
         self,

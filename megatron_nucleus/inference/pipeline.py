@@ -273,7 +273,8 @@ def load_pipeline(
         text_encoder_device: where the text encoder runs; None = with the model. Each prompt passes it once.
 
     Raises:
-        ConfigError: no checkpoint there, a device that is not there, or encoders that are not known.
+        ConfigError: no checkpoint there, a device that is not there, encoders that are not known, or experts to round
+            in a model that has none.
         DataError: a damaged checkpoint or encoder folder.
     """
     if expert_weights not in CHOICES:
@@ -286,11 +287,15 @@ def load_pipeline(
         _encoder_spec(description.text_encoder, "text_encoder", "qwen3_vl", text_encoder_path, path),
     ]
     sampling = sampling_defaults(description)
-    low = expert_weights == "fp8"
+    low, shape = expert_weights == "fp8", description.shape
+    if low and not any(shape.is_moe(layer) for layer in range(shape.num_layers)):
+        raise ConfigError(
+            f"--expert-weights fp8: checkpoint {path} has no routed experts; leave the flag out"
+        )
     first = torch.device("cpu") if low else where
-    kernels = resolve_kernels(device_type=where.type) if low or untrained else None
+    kernels = resolve_kernels(device_type=where.type, shape=shape, dtype=dtype)
     if untrained:
-        model = NucleusTransformer(description.shape, kernels, seed=0).to(first, dtype).eval()
+        model = NucleusTransformer(shape, kernels, seed=0).to(first, dtype).eval()
     else:
         model = load_model(path, device=first, dtype=dtype, kernels=kernels)
     if low:

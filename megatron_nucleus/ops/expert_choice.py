@@ -25,8 +25,9 @@ def select(logits_BSE: Tensor, capacity: int, use_sigmoid: bool, route_scale: fl
 
     Returns:
         ``(index_BEC, weight_BEC)``: int64 token positions in [0, S), best first; weights in the dtype of the
-        logits. The weights of one token sum to ``route_scale`` over the experts that took it. Gradients flow
-        through the weights. Source: diffusers' ``NucleusMoELayer.forward``: scores are formed in fp32 and
+        logits. The weights of one token sum to ``route_scale`` over the experts that took it; they are 0 where
+        all its scores there are too small for the dtype. Of equal scores any may be taken. Gradients flow through
+        the weights. Source: diffusers' ``NucleusMoELayer.forward``: scores are formed in fp32 and
         rounded to the logits' dtype before the choice.
     """
     logits_wide = logits_BSE.to(torch.promote_types(logits_BSE.dtype, torch.float32))
@@ -36,5 +37,7 @@ def select(logits_BSE: Tensor, capacity: int, use_sigmoid: bool, route_scale: fl
     # Scattered to distinct places and then summed over the experts: no atomics, the same bits every time.
     taken_BES = torch.zeros_like(affinity_BES, memory_format=torch.contiguous_format)
     total_B1S = taken_BES.scatter(2, index_BEC, score_BEC).sum(1, keepdim=True)
-    total_BEC = total_B1S.expand_as(affinity_BES).gather(2, index_BEC)
-    return index_BEC, score_BEC / (total_BEC + 1e-12) * route_scale
+    total_BEC = total_B1S.expand_as(affinity_BES).gather(2, index_BEC) + 1e-12
+    if total_BEC.dtype == torch.float16:
+        total_BEC = total_BEC.masked_fill(total_BEC == 0, 1)  # 1e-12 is 0 there, and 0 / 0 no weight
+    return index_BEC, score_BEC / total_BEC * route_scale

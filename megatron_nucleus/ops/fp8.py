@@ -123,8 +123,8 @@ class _Matmul(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         ctx.recipe = recipe
         two = recipe.power_of_two
-        product = _rounded(a, recipe.tokens, E4M3, two) @ _rounded(b.mT, recipe.weights, E4M3, two).mT
-        return product.to(a.dtype)
+        out = _product(_rounded(a, recipe.tokens, E4M3, two), _rounded(b.mT, recipe.weights, E4M3, two).mT)
+        return out.to(a.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -133,11 +133,17 @@ class _Matmul(torch.autograd.Function):
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_MN = _rounded(grad, recipe.tokens, recipe.gradient, two)
-            grad_a = (grad_MN @ _rounded(b, recipe.weights, E4M3, two).mT).to(a.dtype)
+            grad_a = _product(grad_MN, _rounded(b, recipe.weights, E4M3, two).mT).to(a.dtype)
         if ctx.needs_input_grad[1]:
             grad_NM = _rounded(grad.mT, recipe.tokens, recipe.gradient, two)
-            grad_b = (_rounded(a.mT, recipe.tokens, E4M3, two) @ grad_NM.mT).to(b.dtype)
+            grad_b = _product(_rounded(a.mT, recipe.tokens, E4M3, two), grad_NM.mT).to(b.dtype)
         return grad_a, grad_b, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """fp32, also under autocast, which would round the operands a second time. A compiler's backward is under it."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _rounded(x: Tensor, block: tuple[int, int], dtype: torch.dtype, power_of_two: bool) -> Tensor:

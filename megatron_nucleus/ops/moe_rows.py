@@ -44,7 +44,7 @@ def combine_rows(base_TD: Tensor, rows_ND: Tensor, weight_N: Tensor, index_N: Te
 
     Returns:
         [T, D] in the dtype of ``base_TD``; products and sums are formed in fp32 (fp64 for fp64) and rounded
-        once. Differentiable in base, rows and weight.
+        once, in the order that `gather_rows` has backward. Differentiable in base, rows and weight.
     """
     wide = torch.promote_types(base_TD.dtype, torch.float32)
     product_ND = rows_ND.to(wide) * weight_N.to(wide).unsqueeze(-1)

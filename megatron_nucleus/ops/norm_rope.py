@@ -9,10 +9,7 @@ from megatron_nucleus.ops.norm import rms_norm
 
 # (rtol, atol) of every backend against the reference in fp64: |error| <= rtol * max|reference| + atol.
 TOLERANCES = {
-    torch.float64: (
-        1e-6,
-        1e-6,
-    ),  # rotations are complex64: cosines and sines are rounded to fp32 in every backend
+    torch.float64: (1e-6, 1e-6),  # rotations are complex64 in every backend: sines are rounded to fp32
     torch.float32: (2e-5, 1e-5),
     torch.bfloat16: (1.6e-2, 3e-2),
     torch.float16: (2e-3, 4e-3),

@@ -183,8 +183,14 @@ def missing(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         if error.name == "megatron_nucleus._C":
             return "needs the C++ extension, not built (make build)"
+        if error.name == "megatron_nucleus._C_cuda":
+            return (
+                "needs the CUDA extension, not built (make build, where nvcc and a CUDA build of torch are)"
+            )
         return f"needs {error.name}, not installed"
     text = " ".join(str(error).split())[:200]
+    if "operator megatron_nucleus::" in text:
+        return "needs the C++ extension of this version, an older one is built (make build)"
     return f"needs a library that fails to import ({type(error).__name__}: {text})"
 
 

@@ -23,6 +23,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Returns:
         [..., F] in the dtype of ``gate_up``.
+
+    Raises:
+        ValueError: an odd width.
     """
+    if gate_up.shape[-1] % 2:  # halves of 2 and 1 would multiply by broadcasting
+        raise ValueError(f"swiglu: gate_up must have an even width, has {gate_up.shape[-1]}")
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

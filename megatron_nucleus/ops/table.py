@@ -29,6 +29,7 @@ class Row(NamedTuple):
 _OPS = "megatron_nucleus.ops."
 _TRITON = "megatron_nucleus.backends.triton:"
 _CPP = "megatron_nucleus.backends.extension:"
+_CUDA = "megatron_nucleus.backends.extension_cuda:"
 _SDPA = "megatron_nucleus.backends.sdpa:"
 _FLASH = "megatron_nucleus.backends.flash_attn:"
 _TE = "megatron_nucleus.backends.transformer_engine:"
@@ -71,12 +72,20 @@ ROWS = (
     Row("attention",            "flash_attn_4",   _FLASH + "attention_4", "cuda", _HALF, _UNRUN),
     Row("attention",            "transformer_engine", _TE + "attention",  "cuda", _HALF, _UNRUN),
     Row("expert_choice",        "torch",     _OPS + "expert_choice:select",      _ALL, _FLOATS, "softmax and topk"),
+    Row("expert_choice",        "extension_cuda", _CUDA + "expert_choice", "cuda", _SHORT, _UNRUN),
     Row("expert_ffn",           "torch",     _OPS + "experts:expert_ffn",        _ALL, _FLOATS, "bmm"),
     Row("expert_ffn",           "triton",    _TRITON + "expert_ffn",             _GPU, _SHORT,  "bmm, one-pass swiglu"),
     Row("expert_ffn",           "triton_fused", _TRITON + "expert_ffn_fused",    _GPU, _SHORT,  "fused, not timed"),
     Row("expert_ffn",           "extension", _CPP + "expert_ffn",                _CPU, _FLOATS, "bmm, C++ swiglu"),
     Row("orthogonalize",        "torch",     _OPS + "orthogonalize:orthogonalize", _ALL, _FLOATS, "bmm"),
     Row("orthogonalize",        "triton",    _TRITON + "orthogonalize",          _GPU, _SHORT,  "half of each Gram"),
+    Row("stochastic_round",     "torch",     _OPS + "stochastic_round:stochastic_round", _ALL, "float32", "a hash"),
+    Row("stochastic_round",     "triton",    _TRITON + "stochastic_round",       _GPU, "float32", "one pass"),
+    Row("square_sum",           "torch",     _OPS + "grad_norm:square_sum",      _ALL, _FLOATS, "foreach_norm"),
+    Row("square_sum",           "extension", _CPP + "square_sum",                _CPU, _FLOATS, "C++, one pass"),
+    Row("square_sum",           "extension_cuda", _CUDA + "square_sum",    "cuda", _SHORT, _UNRUN),
+    Row("scale_",               "torch",     _OPS + "grad_norm:scale_",          _ALL, _FLOATS, "foreach_mul"),
+    Row("scale_",               "extension_cuda", _CUDA + "scale_",        "cuda", _SHORT, _UNRUN),
 )
 # fmt: on
 

@@ -37,7 +37,9 @@ class TrainingConfig:
     )
     seed: int = knob(0, "of weights, sample order, noise, noise levels and captions")
     device: str = knob("auto", "auto, cpu or cuda")
-    bf16: bool = knob(False, "compute in bfloat16 (autocast); weights, gradients and optimizer stay fp32")
+    bf16: bool = knob(
+        False, "compute in bfloat16 (autocast); what is stored: --master-weights and --state-dtype"
+    )
     cpu_threads: int | None = knob(None, "threads of one operation on a CPU; None = torch's choice")
     log_interval: int = knob(10, "write metrics every so many steps", unit="steps")
     save_interval: int = knob(

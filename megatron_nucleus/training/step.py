@@ -13,6 +13,7 @@ from megatron_nucleus.training.arguments import RunConfig
 from megatron_nucleus.training.losses import flow_loss_per_image, router_z_loss, wavelet_loss
 from megatron_nucleus.training.step_report import StepLosses
 from megatron_nucleus.types import Batch, Routing
+from megatron_nucleus.utils.upload import upload
 
 # Called with (flow loss of each image, noise levels, routings, grid) of a micro-batch, all detached.
 Observe = Callable[[Tensor, Tensor, list[Routing], tuple[int, int]], None]
@@ -33,8 +34,8 @@ def forward_backward(
     """
     clean_BSP, losses = batch.latents_BSP, run.losses
     seed, device = run.training.seed, clean_BSP.device
-    noise_BSP = flow.sample_noise(seed, batch.draws, tuple(clean_BSP.shape[1:])).to(device, non_blocking=True)
-    sigma_B = flow.sample_sigma(run.flow, seed, batch.draws, clean_BSP.shape[1]).to(device, non_blocking=True)
+    noise_BSP = upload(flow.sample_noise(seed, batch.draws, tuple(clean_BSP.shape[1:])), device)
+    sigma_B = upload(flow.sample_sigma(run.flow, seed, batch.draws, clean_BSP.shape[1]), device)
     with torch.autocast(device.type, torch.bfloat16, enabled=run.training.bf16):
         noisy_BSP = flow.add_noise(clean_BSP, noise_BSP, sigma_B)
         velocity_BSP, routings = model(noisy_BSP, sigma_B, batch.text, batch.grid, return_routing=True)

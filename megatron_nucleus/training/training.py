@@ -41,6 +41,7 @@ from megatron_nucleus.training.initialize import (
 )
 from megatron_nucleus.training.losses import check_losses
 from megatron_nucleus.training.metrics import MetricsWriter, last_loss
+from megatron_nucleus.training.out_of_memory import MemoryGuard
 from megatron_nucleus.training.previews import check_previews, draw_previews, draw_routing_map
 from megatron_nucleus.training.run_folder import (
     log_to_folder,
@@ -85,6 +86,7 @@ def train(run: RunConfig) -> TrainResult:
 
     Raises:
         ConfigError, DataError: settings or data that cannot be used, before the first step.
+        OutOfMemory: the device is full; says what to change.
         StoppedError: a signal, the time limit or repeated skipped steps; a checkpoint was written in the first two
             cases.
         RankLostError: another rank died, failed or is stuck.
@@ -93,6 +95,7 @@ def train(run: RunConfig) -> TrainResult:
     with (
         watch_ranks(parallel, 60.0 * run.parallel.distributed_timeout_minutes) as watch,
         open_run_folder(run, parallel),
+        MemoryGuard(run, parallel) as guard,
     ):
         watch.at(0, "start-up", LONG_PHASE_S)
         # What the data may refuse comes before the model takes its memory, and before the folder says anything.
@@ -103,6 +106,7 @@ def train(run: RunConfig) -> TrainResult:
         )
         encoders = build_encoders(run, corpus, parallel.device)
         shape = run_shape(run, encoders.text_dim)
+        guard.shape = shape
         check_losses(run.losses, shape.patch_size)
         extractor = FeatureExtractor(encoders.codec, encoders.text_encoder, shape.patch_size, parallel.device)
         check_tokens(run, shape, corpus, extractor.multiple_px)
@@ -112,7 +116,7 @@ def train(run: RunConfig) -> TrainResult:
             validator.check()
         model = build_model(run, parallel, encoders)
         pipeline = build_previews(run, model, encoders)
-        state = TrainState(model, build_optimizer(model, run.optimizer))
+        state = TrainState(model, build_optimizer(model, run.optimizer, run.training.seed))
         with Checkpointer(
             run.training.run_dir / "checkpoints",
             keep_last=run.training.keep_last_checkpoints,
@@ -132,7 +136,9 @@ def train(run: RunConfig) -> TrainResult:
                     on_first_rank(
                         lambda: save_bucket_report(run, corpus, extractor.multiple_px), parallel.control
                     )
-                loop = Loop(run, state, saver, extractor, validator, pipeline, writer, extra, parallel, watch)
+                loop = Loop(
+                    run, state, saver, extractor, validator, pipeline, writer, extra, parallel, watch, guard
+                )
                 return TrainResult(state, loop.run_to_end(corpus))
 
 
@@ -206,10 +212,11 @@ class Loop:
         extra: dict,
         parallel: ParallelState,
         watch: Watchdog,
+        guard: MemoryGuard,
     ):
         self.run, self.state, self.saver, self.extractor = run, state, saver, extractor
         self.validator, self.pipeline, self.writer, self.extra = validator, pipeline, writer, extra
-        self.parallel, self.watch = parallel, watch
+        self.parallel, self.watch, self.guard = parallel, watch, guard
         t = run.training
         self.micro_batch_size, self.accumulation = batch_split(run, parallel.world)
         self.schedule = build_schedule(run.schedule, run.optimizer.lr, t.global_batch_size)
@@ -300,6 +307,7 @@ class Loop:
             self.watch.at(state.step + 1, "waiting for data")
             raw = next(loader)
             batch = self.extractor.extract(raw)
+            self.guard.at(state.step + 1, batch)
             losses = self.forward_backward(batch, last=number == self.accumulation - 1)
             total = losses if total is None else StepLosses(*map(torch.add, total, losses))
             tokens, text_tokens = batch.latents_BSP.shape[1], batch.text.features_BLU.shape[1]
@@ -309,13 +317,15 @@ class Loop:
         self.watch.at(state.step + 1, "sums of the step")
         params = state.optimizer.params.values()
         group = dist.group.WORLD if self.parallel.world > 1 else None
-        report = share_step(total, local_square_sum(params), stop.due() is not None, group)
+        report = share_step(
+            total, local_square_sum(params, state.optimizer.clip_ops), stop.due() is not None, group
+        )
         applies = self.skips.applies(report, state)
         if applies:
             self.watch.at(state.step + 1, "optimizer")
             with self.optimizer_timer.measure():
                 norm = torch.full((), report.grad_norm, device=self.parallel.device)
-                scale_gradients(params, norm, run.optimizer.clip_grad)
+                scale_gradients(params, norm, run.optimizer.clip_grad, state.optimizer.clip_ops)
                 state.optimizer.step(lr)
         state.step += 1
         state.samples_seen += raw.step_samples

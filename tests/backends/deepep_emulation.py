@@ -195,8 +195,10 @@ class ElasticBuffer:
     ):  # fmt: skip
         assert x.shape[0] <= self.tokens
         assert x.shape[1] == self.hidden
+        assert num_sms or num_experts, "the library counts its blocks from num_experts, with a handle, too"
         if handle is not None:
             assert topk_idx is None
+            assert topk_weights is None
             assert not do_cpu_sync
             return _again(self.ranks, x, handle), None, None, handle, None
         assert x.shape[0] <= num_max_tokens_per_rank <= self.tokens

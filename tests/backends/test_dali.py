@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import io
+import os
 import subprocess
 import sys
 import textwrap
 import types
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,11 +145,42 @@ def test_boxes_and_sizes_reach_the_library_in_its_order(fake, device, device_id)
         assert np.array_equal(pixels, want)
 
 
+def test_an_error_is_told_by_its_cause(fake, monkeypatch):
+    """The report as version 2.4.0 writes it."""
+    report = (
+        "Critical error in pipeline:\nError in CPU operator `nvidia.dali.fn.decoders.image`,\nwhich was used in the "
+        'pipeline definition with the following traceback:\n\n  File "dali.py", line 103, in __init__\n    whole = '
+        "fn.decoders.image(\n\nencountered:\n\nFailed to decode sample #0 : \nCurrent pipeline object is no longer "
+        "valid."
+    )
+
+    def run(_):
+        raise RuntimeError(report)
+
+    monkeypatch.setattr(FakePipeline, "run", run)
+    with pytest.raises(RuntimeError, match="^Failed to decode sample #0$"):
+        fake.JpegPipeline("cpu").run([jpeg(scene(40, 30))], [(0, 0, 40, 30)], [(8, 8)])
+
+
 def test_a_version_that_no_longer_takes_the_calls_is_refused(fake, monkeypatch):
     assert fake.why_unavailable("cpu") is None
     monkeypatch.setattr(fake.fn, "resize", lambda input, *, size=None: None)
     assert "fn.resize with roi_start, roi_end" in fake.why_unavailable("cpu")
     assert "fn.resize with roi_start, roi_end" in decoders.why_unavailable("dali")
+
+
+def test_a_child_of_fork_never_destroys_the_pipelines_it_inherits(fake):
+    """It has none of their threads, for which a destructor would wait for ever."""
+    pipeline = fake.JpegPipeline("cpu")
+    there = weakref.ref(pipeline._pipeline)
+    child = os.fork()
+    if not child:
+        del pipeline
+        gc.collect()
+        os._exit(0 if there() is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del pipeline
+    assert there() is None  # here it is destroyed as ever
 
 
 def test_mixed_asks_for_a_gpu(fake, monkeypatch):
@@ -263,6 +298,62 @@ def test_a_damaged_image_ends_a_pipeline_and_the_next_goes_on():
     assert dataclasses.astuple(decoder.counts) == (5, 1, 0, 5)
 
 
+@installed
+def test_the_installed_library_tells_the_cause():
+    adapter = importlib.import_module(ADAPTER)
+    with pytest.raises(RuntimeError, match="^Failed to decode sample #0$"):
+        adapter.JpegPipeline("cpu").run([jpeg(scene(80, 60))[:-400]], [(0, 0, 60, 60)], [(32, 32)])
+
+
+@installed
+def test_pipelines_opened_again_take_no_more_threads_or_memory():
+    pages = os.sysconf("SC_PAGE_SIZE")
+    photos = [jpeg(scene(80, 60, i)) for i in range(4)]
+    photos[1] = photos[1][:-400]
+    decoder = open_decoder("dali", types.SimpleNamespace(encoded=None))
+    taken = []
+    for _ in range(12):
+        decoder.decode(photos, [content_id(p) for p in photos], 32, 24)
+        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * pages
+        taken.append((len(os.listdir("/proc/self/task")), resident_bytes))
+    assert decoder.counts.pipelines > 12 * 2
+    assert len({threads for threads, _ in taken[1:]}) == 1
+    assert taken[-1][1] - taken[3][1] < 16 * 2**20
+
+
+FORK = """
+    import gc, multiprocessing
+    from megatron_nucleus.backends.dali import JpegPipeline
+    from tests.data.pictures import jpeg, scene
+    gc.disable()
+    photos = [jpeg(scene(64, 48, i)) for i in range(3)]
+    settings = [(0, 0, 48, 48)] * 3, [(32, 32)] * 3
+    holder = {"pipeline": JpegPipeline("cpu")}
+    holder["itself"] = holder  # garbage that only a collection finds
+    want = holder["pipeline"].run(photos, *settings)
+    del holder
+
+    def child():
+        gc.collect()
+        got = JpegPipeline("cpu").run(photos, *settings)
+        assert all((a == b).all() for a, b in zip(want, got, strict=True))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    print("ended with", process.exitcode)
+    process.kill()
+"""
+
+
+@installed
+def test_workers_may_be_forked_after_pipelines_have_run():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FORK)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "ended with 0", done.stderr[-2000:]
+
+
 LOADER = """
     import dataclasses, sys, tempfile
     from pathlib import Path
@@ -282,6 +373,10 @@ LOADER = """
             if workers == 0 and name == "dali":
                 pairs = zip(took["dali", 0], took["dali", 2], strict=True)
                 assert all((a.pixels_BCHW == b.pixels_BCHW).all() for a, b in pairs)
+            options = dict(seed=7, global_batch_size=12, multiple_px=8, start_samples=48)
+            with build_loader(config, corpus, **options) as loader:
+                for a, b in zip(took[name, workers][4:], loader):
+                    assert a.ids == b.ids and (a.pixels_BCHW == b.pixels_BCHW).all()
         assert replaced > 3
     print("same", len(took))
 """

@@ -9,10 +9,11 @@ import types
 import pytest
 import torch
 
-from megatron_nucleus.backends import deepep_contract as contract
+from megatron_nucleus.backends import recorded
 from tests.backends import deepep_emulation
 
-CALLS = [*contract.LEGACY, *contract.ELASTIC, *contract.HYBRID]
+LEGACY, ELASTIC, HYBRID = (recorded.library(name).calls for name in ("deepep Buffer", "deepep", "hybridep"))
+CALLS = [*LEGACY, *ELASTIC, *HYBRID]
 CLASSES = ("Buffer", "ElasticBuffer", "HybridEPBuffer")
 
 
@@ -39,23 +40,7 @@ def library(**classes: type) -> types.ModuleType:
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: c.name)
 def test_the_stand_in_has_the_recorded_signatures(call):
     owner, method = call.name.split(".")
-    assert contract.signature_of(getattr(getattr(deepep_emulation, owner), method)) == call.signature
-
-
-@pytest.mark.parametrize("call", CALLS, ids=lambda c: c.name)
-def test_what_is_used_is_part_of_the_recorded_signature(call):
-    """All keywords that are passed exist, and all that have no default are passed."""
-    words = [word.lstrip("*") for word in call.signature.split() if word != "self"]
-    used = set(call.used.split())
-    assert used <= {word.rstrip("=") for word in words}
-    assert {word for word in words if not word.endswith("=")} <= used
-
-
-def test_the_installed_library_takes_the_calls():
-    deep_ep = pytest.importorskip("deep_ep", exc_type=Exception)
-    for name, calls in zip(CLASSES, (contract.LEGACY, contract.ELASTIC, contract.HYBRID), strict=True):
-        if hasattr(deep_ep, name):
-            assert contract.drift(deep_ep, calls) is None
+    assert recorded.signature_of(getattr(getattr(deepep_emulation, owner), method)) == call.signature
 
 
 def changed(owner: str, method: str, change) -> types.ModuleType:
@@ -86,41 +71,41 @@ def requiring(name):
 
 
 def test_a_signature_that_fits_is_no_drift():
-    for calls in (contract.LEGACY, contract.ELASTIC, contract.HYBRID):
-        assert contract.drift(library(), calls) is None
+    for calls in (LEGACY, ELASTIC, HYBRID):
+        assert recorded.drift(library(), calls) is None
     # another order, and one more argument that has a default
     more = changed(
         "HybridEPBuffer", "combine_with_unpermute", lambda p: {**dict(reversed(p.items())), **EXTRA}
     )
-    assert contract.drift(more, contract.HYBRID) is None
+    assert recorded.drift(more, HYBRID) is None
 
 
 @pytest.mark.parametrize(
     ("owner", "method", "change", "calls", "reason"),
     [
         (
-            "ElasticBuffer", "dispatch", without("do_cpu_sync"), contract.ELASTIC,
+            "ElasticBuffer", "dispatch", without("do_cpu_sync"), ELASTIC,
             "needs deep_ep.ElasticBuffer.dispatch with do_cpu_sync, which this version does not take",
         ),
         (
-            "Buffer", "combine", requiring("layout"), contract.LEGACY,
+            "Buffer", "combine", requiring("layout"), LEGACY,
             "calls deep_ep.Buffer.combine without layout, which this version requires",
         ),
         (
-            "HybridEPBuffer", "__init__", without("num_local_experts"), contract.HYBRID,
+            "HybridEPBuffer", "__init__", without("num_local_experts"), HYBRID,
             "needs deep_ep.HybridEPBuffer.__init__ with num_local_experts, which this version does not take",
         ),
     ],
 )  # fmt: skip
 def test_drift_names_the_call_and_the_argument(owner, method, change, calls, reason):
-    assert contract.drift(changed(owner, method, change), calls) == reason
+    assert recorded.drift(changed(owner, method, change), calls) == reason
 
 
 def test_a_missing_class_is_named():
     module = library()
     del module.HybridEPBuffer
     expected = "needs deep_ep.HybridEPBuffer.__init__, which this version does not have"
-    assert contract.drift(module, contract.HYBRID) == expected
+    assert recorded.drift(module, HYBRID) == expected
 
 
 def test_a_cpu_is_refused(install):

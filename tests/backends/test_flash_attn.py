@@ -91,9 +91,8 @@ def test_every_version_equals_the_reference(libraries, version, dtype, case):
 
 def test_padding_becomes_sequences_without_queries():
     mask = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
-    lengths = key_lengths(mask)
-    assert lengths.tolist() == [5, 3, 1]
-    sequences = as_sequences(lengths, queries=4, keys=5)
+    assert key_lengths(mask).tolist() == [5, 3, 1]
+    sequences = as_sequences(mask, 4)
     assert sequences.query_bounds.tolist() == [0, 4, 4, 8, 8, 12, 12]
     assert sequences.key_bounds.tolist() == [0, 5, 5, 8, 10, 11, 15]
     assert (sequences.longest_query, sequences.longest_key) == (4, 5)
@@ -102,7 +101,7 @@ def test_padding_becomes_sequences_without_queries():
 def test_lengths_come_from_shapes_and_the_device_alone():
     """On the meta device there are no values that a host could wait for."""
     mask = torch.ones(3, 7, dtype=torch.bool, device="meta")
-    sequences = as_sequences(key_lengths(mask), queries=4, keys=7)
+    sequences = as_sequences(mask, 4)
     assert sequences.key_bounds.shape == sequences.query_bounds.shape == (7,)
     assert sequences.key_bounds.dtype == sequences.query_bounds.dtype == torch.int32
 

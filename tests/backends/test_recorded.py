@@ -18,7 +18,7 @@ def test_what_is_used_is_in_the_record(entry):
         if call.used.isdigit():
             assert len(names) == int(call.used)
             continue
-        required = {word for word in call.signature.split() if not word.endswith("=")} - {"self"}
+        required = {w.strip("*") for w in call.signature.split() if not w.endswith("=")} - {"self"}
         assert required <= set(call.used.split()) <= set(names)
 
 
@@ -46,6 +46,14 @@ def test_a_stand_in_has_the_recorded_signatures():
                 holder = getattr(module, owner)
             setattr(holder, last, function)
         assert recorded.drift(module, entry.calls) is None
+
+
+def test_a_missing_class_is_not_taken_for_one_that_takes_anything():
+    """None has an __init__ of its own."""
+    calls = (recorded.Call("Gone.__init__", "self a", "a"),)
+    module = ModuleType("library")
+    assert recorded.drift(module, calls) == "needs library.Gone.__init__, which this version does not have"
+    assert recorded.changes(module, calls) == ["Gone.__init__: gone"]
 
 
 def test_changes_names_what_came_and_what_went():

@@ -96,3 +96,20 @@ def test_experts_are_handed_over_as_the_grouped_product_wants_them(rows, monkeyp
 
 def test_it_refuses_a_cpu():
     assert "runs on cuda" in torchao.why_unavailable("cpu", "rowwise", True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "linears", "experts"),
+    [((8, 9), False, False), ((9, 0), True, True), ((10, 3), True, True), ((12, 0), True, False)],
+)
+def test_experts_need_a_gpu_that_the_grouped_product_takes(capability, linears, experts, monkeypatch):
+    """A higher number is not enough: the product exists for generations 9 and 10 alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torchao.recorded, "drift", lambda *_: None)
+    monkeypatch.setattr(torchao, "_grouped_module", lambda: (None, ()))
+    assert (torchao.why_unavailable("cuda", "rowwise", False) is None) == linears
+    reason = torchao.why_unavailable("cuda", "rowwise", True)
+    assert (reason is None) == experts
+    if linears and not experts:
+        assert reason == "needs compute capability 9.0 to 10.9, this GPU has 12.0 (for experts)"

@@ -56,8 +56,8 @@ def expected(model: Model, x: torch.Tensor, recipe: str) -> torch.Tensor:
 
 
 def test_the_stand_in_has_the_recorded_signatures(backend):
-    calls = recorded.library("transformer_engine fp8").calls
-    assert recorded.changes(backend.te, calls) == []
+    for module, name in ((backend.te, "fp8"), (backend.te_recipe, "recipes")):
+        assert recorded.changes(module, recorded.library(f"transformer_engine {name}").calls) == []
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=("kept", "recomputed"))
@@ -78,6 +78,23 @@ def test_values_and_gradients_with_any_number_of_tokens(backend, recipe, recompu
         results.append((outputs, *(p.grad for p in owner.parameters())))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("recipe", "contexts"), [("delayed", 1), ("current", 2)])
+def test_delayed_scaling_ends_one_context_in_a_pass_however_many_blocks(backend, recipe, contexts):
+    """Each end of an outermost context moves the history of all layers on; a recomputed block needs its own."""
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(16, 128)
+    want = expected(model, x, "current")
+    backend.convert_linears(model, EVERY, recipe)
+    stand_in._State.ended = 0
+    torch.testing.assert_close(model(x), want)
+    assert stand_in._State.ended == contexts
+
+
+def test_delayed_scaling_reduces_nothing_over_ranks(backend):
+    """The library would add a collective of all ranks to every pass; here each rank scales what it holds."""
+    assert backend._recipe("delayed").reduce_amax is False
 
 
 def test_names_and_parameters_stay(backend):
@@ -121,6 +138,10 @@ def test_why_not(backend, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert backend.why_unavailable("cuda", "current", False) is None
     assert "10.0 required" in backend.why_unavailable("cuda", "mxfp8", False)
+    assert backend.why_unavailable("cuda", "delayed", False) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(backend.te_recipe, "DelayedScaling", lambda margin=0: None)
+        assert "DelayedScaling with reduce_amax" in backend.why_unavailable("cuda", "delayed", False)
     monkeypatch.delattr(backend.te_recipe, "Float8BlockScaling")
     assert "Float8BlockScaling, which this version does not have" in backend.why_unavailable(
         "cuda", "blockwise", False

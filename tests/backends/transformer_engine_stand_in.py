@@ -12,8 +12,11 @@ from megatron_nucleus.ops import fp8
 
 
 class _State:
+    """ended: how often an outermost context ended, which moves the history of delayed scaling on."""
+
     depth = 0
     recipe = None
+    ended = 0
 
 
 class autocast:
@@ -26,6 +29,17 @@ class autocast:
 
     def __exit__(self, *_):
         _State.depth, _State.recipe = self.before
+        _State.ended += self.enabled and _State.depth == 0
+
+
+class DelayedScaling:
+    emulated = "current"
+
+    def __init__(
+        self, margin=0, fp8_format=None, amax_history_len=1024, amax_compute_algo="max",
+        scaling_factor_compute_algo=None, reduce_amax=True, fp8_dpa=False, fp8_mha=False, backward_override=None,
+    ):  # fmt: skip
+        self.reduce_amax = reduce_amax
 
 
 class Linear(nn.Module):
@@ -65,12 +79,12 @@ def install(monkeypatch) -> types.ModuleType:
         for part in ("", ".common", ".common.recipe", ".pytorch")
     )
     for name, emulated in (
-        ("DelayedScaling", "current"),
         ("Float8CurrentScaling", "current"),
         ("Float8BlockScaling", "blockwise"),
         ("MXFP8BlockScaling", "mxfp8"),
     ):
         setattr(recipe, name, type(name, (), {"emulated": emulated}))
+    recipe.DelayedScaling = DelayedScaling
     pytorch.autocast, pytorch.Linear = autocast, Linear
     pytorch.is_fp8_available = lambda return_reason=False: (True, "")
     pytorch.is_fp8_block_scaling_available = lambda return_reason=False: (True, "")

@@ -78,6 +78,47 @@ def test_the_share_of_waiting_is_that_of_the_clock(corpus, monkeypatch):
     assert bench_loading.time_waiting(busy, made, 3, 4, 0.1)["waiting_frac"] < 0.35  # made meanwhile
 
 
+class SimulatedLoader:
+    """One worker that makes a micro-batch in ``make_s`` and runs two ahead, on a clock of its own."""
+
+    def __init__(self, make_s):
+        self.make_s, self.now_s, self.waited_s, self.ready_s, self.taken_s = make_s, 0.0, 0.0, [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __next__(self):
+        number = len(self.ready_s)
+        room_s = self.taken_s[number - 2] if number >= 2 else 0.0
+        self.ready_s.append(max(room_s, self.ready_s[-1] if self.ready_s else 0.0) + self.make_s)
+        self.waited_s += max(0.0, self.ready_s[-1] - self.now_s)
+        self.now_s = max(self.now_s, self.ready_s[-1])
+        self.taken_s.append(self.now_s)
+
+    def take_waited_s(self):
+        waited_s, self.waited_s = self.waited_s, 0.0
+        return waited_s
+
+    def perf_counter(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize(("make_s", "share"), [(0.3, 0.0), (0.6, 1 / 6), (2.0, 0.75)])
+def test_the_share_of_waiting_is_that_of_the_long_run(make_s, share, monkeypatch):
+    loader = SimulatedLoader(make_s)
+    monkeypatch.setattr(bench_loading, "open_loader", lambda *_: loader)
+    monkeypatch.setattr(bench_loading, "time", loader)
+    row = bench_loading.time_waiting(DataConfig(data_path="-"), None, 3, 4, 0.5)
+    assert row["waiting_frac"] == pytest.approx(share, abs=1e-9)
+    assert row["seconds"] == pytest.approx(4 * max(0.5, make_s))
+
+
 def test_a_decoder_in_the_training_process_takes_no_workers(tmp_path):
     made = bench_loading.loaders(tmp_path, ["pillow", "dali_mixed"], [0, 2], 64)
     assert [(c.image_decoder, c.num_workers) for c in made] == [

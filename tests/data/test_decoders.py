@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import io
 import sys
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -154,16 +158,87 @@ def test_an_image_does_not_depend_on_its_neighbours():
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+class Broken:
+    """A library that fails on whatever it gets."""
+
+    def run(self, *_):
+        raise RuntimeError("broken everywhere")
+
+
 def test_a_library_that_fails_on_everything_is_named_soon():
     photos = [jpeg(scene(40, 40, i)) for i in range(decoders.MAX_REFUSED_IN_A_ROW + 3)]
-    decoder = stand_in({content_id(p) for p in photos})
-    with pytest.raises(DataError, match="--image-decoder dali: refused 16 images in a row.*broken somewhere"):
+    decoder = decoders.BatchDecoder("dali", Broken, MAX_IMAGES)
+    with pytest.raises(
+        DataError, match="--image-decoder dali: refused 16 images in a row.*broken everywhere"
+    ):
         decode(decoder, photos)
-    good = stand_in({content_id(p) for p in photos[:-1]})
-    for _ in range(3):  # one good image between them, and it is the images
-        for payload in (*photos[:9], photos[-1]):
-            decode(good, [payload])
-    assert good.counts.refused == 27
+
+
+@pytest.mark.parametrize("good", [(), (0, 1, 2)])
+def test_refusals_never_end_a_run_whose_library_works(good):
+    """However many there are in a row or in one batch: they are the images' fault."""
+    photos = [jpeg(scene(40, 40, i)) for i in range(decoders.MAX_REFUSED_IN_A_ROW + 3)]
+    decoder = stand_in({content_id(p) for i, p in enumerate(photos) if i not in good})
+    for _ in range(3):
+        got = decode(decoder, photos)
+        assert all(np.array_equal(a, images.load_pixels(p, 32, 24)) for a, p in zip(got, photos, strict=True))
+    assert decoder.counts.refused == 3 * (len(photos) - len(good))
+    assert decoder.counts.library == 3 * len(good)
+
+
+def test_a_pipeline_that_cannot_be_opened_is_an_error_in_words():
+    def no_memory():
+        raise RuntimeError("out of memory")
+
+    decoder = decoders.BatchDecoder("dali", no_memory, MAX_IMAGES)
+    with pytest.raises(DataError, match="--image-decoder dali: cannot open a pipeline .*out of memory.*use"):
+        decode(decoder, PHOTOS[:1])
+
+
+def test_whole_pictures_in_memory_are_bounded(monkeypatch):
+    """Photographs of 60 x 50 to 71 x 50 px, at most two of them in one run; one that is larger is Pillow's."""
+    monkeypatch.setattr(decoders, "MAX_RUN_PIXELS", 7000)
+    large, seen = jpeg(scene(100, 71, 3)), []
+    decoder = stand_in(seen=seen)
+    got = decode(decoder, [*PHOTOS[:3], large, *PHOTOS[3:7]])
+    assert seen == [PHOTOS[0:2], PHOTOS[2:4], PHOTOS[4:6], PHOTOS[6:7]]
+    assert np.array_equal(got[3], images.load_pixels(large, 32, 24))
+    assert (decoder.counts.library, decoder.counts.pillow) == (7, 1)
+
+
+@pytest.fixture
+def no_collector():
+    """What is freed here is freed by its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_lost_pipeline_is_gone_before_the_next_one_is_opened(no_collector):
+    opened = []
+
+    def open_pipeline():
+        assert not any(ref() for ref in opened)
+        pipeline = StandIn({content_id(PHOTOS[2])})
+        opened.append(weakref.ref(pipeline))
+        return pipeline
+
+    decoder = decoders.BatchDecoder("dali", open_pipeline, MAX_IMAGES)
+    decode(decoder, PHOTOS[:5])
+    assert len(opened) == decoder.counts.pipelines > 2
+
+
+def test_an_unusable_image_does_not_keep_its_batch_in_memory(tmp_path, no_collector):
+    corpus = make_corpus(tmp_path / "d", damaged=(1,))
+    bad = next(row for row in range(len(corpus)) if len(corpus.read(row).payload) == 300)
+    decoder = stand_in()
+    get = decoders.reader(corpus, decoder, [4, bad, 5], (32, 24))
+    with contextlib.suppress(images.UnusableImage):
+        get(bad)
+    kept = weakref.ref(get(4).pixels), weakref.ref(decoder)
+    del get, decoder
+    assert [ref() for ref in kept] == [None, None]
 
 
 def make_corpus(folder, damaged=()):
@@ -199,6 +274,21 @@ def test_samples_do_not_depend_on_the_decoder(tmp_path, monkeypatch, workers, ow
     if workers == 0:
         assert decoder.counts.library > 60
         assert decoder.counts.refused > 0
+
+
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_a_thread_leaves_the_filters_of_warnings_to_the_others(tmp_path, monkeypatch, own_thread):
+    filters, changed = warnings.filters, set()
+
+    class Looking(StandIn):
+        def run(self, *args):
+            changed.add(warnings.filters is not filters)
+            return super().run(*args)
+
+    decoder = decoders.BatchDecoder("dali", Looking, MAX_IMAGES, own_thread)
+    take(make_corpus(tmp_path / "d"), 6, decoder, monkeypatch)
+    assert changed == {not own_thread}
+    assert warnings.filters is filters
 
 
 def test_a_repeated_row_is_read_once_and_others_when_they_are_asked_for(tmp_path, monkeypatch):

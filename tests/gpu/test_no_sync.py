@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -44,9 +45,8 @@ def tiny_batch(device: str, images: int = 4, grid: tuple[int, int] = (4, 6)) -> 
     return Batch("square", tuple(range(images)), latents, text, grid)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("bf16", [True, False])
-def test_forward_backward_clip_and_update_never_wait(optimizer, bf16):
+def make_step(optimizer: str, bf16: bool) -> tuple[Callable[[int], None], list[torch.nn.Parameter]]:
+    """(a step without agreement of the ranks, by number; what it trains)."""
     device = torch.device("cuda")
     model = NucleusTransformer(TINY, resolve_kernels(device_type="cuda")).to(device)
     values = {
@@ -71,11 +71,29 @@ def test_forward_backward_clip_and_update_never_wait(optimizer, bf16):
     for number in range(1, 4):  # fills caches: rotary tables, autotuning, library handles
         step(number)
     torch.cuda.synchronize()
+    return step, params
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_forward_backward_clip_and_update_never_wait(optimizer, bf16):
+    step, params = make_step(optimizer, bf16)
     before = params[0].detach().clone()
     with sync_mode("error"):
         for number in range(4, 6):
             step(number)
     assert not torch.equal(params[0], before)
+
+
+def test_nothing_is_copied_from_pageable_memory():
+    """Such a copy may wait for all that is queued, and the mode of the other tests does not see it."""
+    step, _ = make_step("muon", True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(4)
+        torch.cuda.synchronize()
+    copies = {event.name for event in profile.events() if event.name.startswith("Memcpy")}
+    assert any("Pinned -> Device" in name for name in copies), "the noise"
+    assert not [name for name in copies if "Pageable" in name]
 
 
 def test_the_mode_sees_a_read():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_nucleus.core.kernels import resolve_kernels
 from megatron_nucleus.core.precision.expert_weights import Float8Experts, weight_bytes
+from megatron_nucleus.inference import pipeline
 from megatron_nucleus.inference.pipeline import load_pipeline
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -58,6 +62,30 @@ def test_bad_choices_are_named(checkpoint):
         load_pipeline(checkpoint, device="cpu", expert_weights="fp4")
     with pytest.raises(ConfigError, match="tpu"):
         load_pipeline(checkpoint, device="cpu", text_encoder_device="tpu")
+
+
+def test_a_model_without_experts_has_none_to_round(checkpoint, monkeypatch):
+    """Said before a weight is read."""
+    described = pipeline.read_description(checkpoint)
+    dense = dataclasses.replace(
+        described, shape=dataclasses.replace(described.shape, dense_moe_strategy="all_dense")
+    )
+    monkeypatch.setattr(pipeline, "read_description", lambda path: dense)
+    monkeypatch.setattr(pipeline, "load_model", None)
+    with pytest.raises(ConfigError, match="--expert-weights fp8: .* has no routed experts"):
+        load_pipeline(checkpoint, device="cpu", expert_weights="fp8")
+
+
+def test_operations_are_chosen_for_the_models_widths(checkpoint, monkeypatch):
+    """A kernel that cannot take them must not be found out in the first step."""
+    asked = []
+    monkeypatch.setattr(
+        pipeline, "resolve_kernels", lambda **kwargs: asked.append(kwargs) or resolve_kernels(**kwargs)
+    )
+    for weights in ("stored", "fp8"):
+        load_pipeline(checkpoint, device="cpu", expert_weights=weights, dtype=torch.bfloat16)
+    shape = pipeline.read_description(checkpoint).shape
+    assert asked == [{"device_type": "cpu", "shape": shape, "dtype": torch.bfloat16}] * 2
 
 
 def test_the_text_encoder_may_run_elsewhere(checkpoint, low):

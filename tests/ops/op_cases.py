@@ -17,6 +17,10 @@ class Inputs:
         values = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
         return values.to(self.device, self.dtype).requires_grad_()
 
+    def plain(self, *shape: int) -> Tensor:
+        """The same without a gradient."""
+        return self(*shape).detach()
+
     def spread(self, *shape: int) -> Tensor:
         """The same, as a view with a gap between neighbours of every dimension."""
         wide = self(*(2 * n for n in shape)).detach()
@@ -40,6 +44,10 @@ class Inputs:
         return (u * s.clamp(min=0.5 * s.amax(-1, keepdim=True)).unsqueeze(-2) @ vt).to(
             self.device, self.dtype
         )
+
+    def extremes(self) -> Tensor:
+        """NaN, infinity, zero and a number that half precision does not hold."""
+        return torch.tensor([torch.nan, torch.inf, 0.0, 1e-30]).to(self.device, self.dtype)
 
     def first(self, *shape: int) -> Tensor:
         """A mask of the keys that stand first: at least one; in the first row all of them."""
@@ -109,6 +117,7 @@ CASES = {
     "norm_rope": {
         "heads": lambda x: (x(2, 5, 4, 32), x(32), x.rotation(5, 16), 1e-6),
         "odd": lambda x: (x(3, 7, 3, 10), x(10), x.rotation(7, 5), 1e-6),
+        "one pair": lambda x: (x(1, 3, 2, 2), x(2), x.rotation(3, 1), 1e-2),
         "many rows": lambda x: (x(2, 130, 5, 8), x(8), x.rotation(130, 4), 1e-6),
         "wide": lambda x: (x(1, 2, 1, 700), x(700), x.rotation(2, 350), 1e-5),
         "empty": lambda x: (x(0, 4, 2, 8), x(8), x.rotation(4, 4), 1e-6),
@@ -146,6 +155,27 @@ CASES = {
         "zeros": lambda x: (0 * x.flat(2, 4, 8), 5),
         "no matrices": lambda x: (x.flat(0, 4, 8), 5),
         "spread": lambda x: (x.flat(2, 8, 12).mT.contiguous().mT, 5),
+    },
+    "stochastic_round": {  # values, key, position of the first
+        "several programs": lambda x: (x(5000).detach(), 0x0123456789ABCDEF, 0),
+        "odd": lambda x: (x(33).detach(), 5, 7),
+        "far": lambda x: (x(40).detach(), (1 << 63) - 1, (1 << 33) - 11),
+        "extremes": lambda x: (x(4).detach() * x.extremes(), 1, 1),
+        "one": lambda x: (x(1).detach(), 0, 1),
+        "none": lambda x: (x(0).detach(), 0, 0),
+        "spread": lambda x: (x.spread(9).detach(), 3, 2),
+    },
+    "square_sum": {
+        "several": lambda x: (x.plain(5, 7), x.plain(3), x.plain(1, 2, 3)),
+        "one": lambda x: (x.plain(70_000),),
+        "some empty": lambda x: (x.plain(0), x.plain(4), x.plain(2, 0)),
+        "scalar": lambda x: (x.plain(1).squeeze(), x.plain(2)),
+        "spread": lambda x: (x.spread(3, 4).detach(), x.plain(5).mul(1e3)),
+    },
+    "scale_": {
+        "smaller": lambda x: (torch.tensor(0.3, device=x.device), x.plain(5, 7), x.plain(3)),
+        "one": lambda x: (torch.tensor(1.0, device=x.device), x.plain(5)),
+        "zero": lambda x: (torch.tensor(0.0, device=x.device), x.plain(5), x.plain(0)),
     },
     "expert_ffn": {
         "even": lambda x: (x(3, 8, 16), x(3, 16, 24), x(3, 12, 16)),

@@ -224,3 +224,17 @@ def test_linear_takes_any_leading_axes_and_autocast():
     low.float().sum().backward()
     assert x.grad.dtype is weight.grad.dtype is torch.float32
     assert fp8.linear(normal(0, 32), weight, "rowwise").shape == (0, 16)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_no_operand_again(name, dtype):
+    """8-bit values times a scale that is no power of two need more bits than bfloat16 has."""
+    results = []
+    for autocast in (True, False):
+        a, b = (normal(*s, seed=i, dtype=dtype).requires_grad_() for i, s in enumerate([(8, 64), (64, 48)]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = fp8.matmul(a, b, name)
+            # a compiled backward pass is traced under the autocast of its forward pass
+            results.append((out, *torch.autograd.grad(out, (a, b), normal(8, 48, seed=2, dtype=dtype))))
+    assert all(torch.equal(inside, outside) for inside, outside in zip(*results, strict=True))

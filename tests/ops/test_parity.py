@@ -65,15 +65,14 @@ def test_backend_equals_reference(row, case, dtype, device):
     if reason is not None:
         pytest.skip(f"{row.backend} {reason}")
     function = registry.resolve(row.op, row.backend, **asked)
-    outputs, gradients = outputs_and_gradients(function, args)
-
     # Scores are rounded to the logits' dtype before the choice: half precision has its own ties, so its own reference.
     wide = dtype if row.op == "expert_choice" and dtype.itemsize == 2 else torch.float64
     copies = tuple(
-        a.detach().cpu().to(wide if a.is_floating_point() else a.dtype).requires_grad_(a.requires_grad)
+        a.detach().cpu().to(wide if a.is_floating_point() else a.dtype, copy=True).requires_grad_(a.requires_grad)
         if isinstance(a, torch.Tensor) else a
         for a in args
     )  # fmt: skip
+    outputs, gradients = outputs_and_gradients(function, args)
     reference = registry.resolve(row.op, "torch", device_type="cpu")
     expected, expected_gradients = outputs_and_gradients(reference, copies)
 
@@ -82,7 +81,7 @@ def test_backend_equals_reference(row, case, dtype, device):
     assert len(outputs) == len(expected)
     for i, (got, want) in enumerate(zip(outputs, expected, strict=True)):
         if want.is_floating_point():
-            assert got.dtype == dtype
+            assert got.dtype == (torch.float64 if row.op == "square_sum" else dtype)
             assert_near(got.cpu(), want, tolerance, f"output {i}")
         else:
             assert torch.equal(got.cpu(), want), f"output {i}"
@@ -102,6 +101,8 @@ def test_inputs_are_left_alone(row):
     if reason is not None:
         pytest.skip(f"{row.backend} {reason}")
     args = next(iter(CASES[row.op].values()))(Inputs(torch.float32))
+    if row.op.endswith("_"):
+        pytest.skip("works in place")
     before = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
     outputs_and_gradients(registry.resolve(row.op, row.backend, device_type="cpu"), args)
     for a, b in zip(args, before, strict=True):

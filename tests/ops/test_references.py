@@ -53,6 +53,13 @@ def test_attention_equals_repeated_heads_and_an_explicit_softmax():
         torch.testing.assert_close(got, want)
 
 
+def test_attention_of_no_images_is_empty():
+    x = Inputs(torch.float32)
+    args = x(0, 3, 4, 8), x(0, 5, 2, 8), x(0, 5, 2, 8), torch.ones(0, 5, dtype=torch.bool)
+    outputs, gradients = outputs_and_gradients(attention.attention, args)
+    assert [t.shape for t in outputs + gradients] == [(0, 3, 32), *(a.shape for a in args[:3])]
+
+
 def test_masked_keys_have_no_influence_and_no_gradient():
     x = Inputs(torch.float32)
     q, k, v, mask = (
@@ -89,6 +96,12 @@ def test_modulated_layer_norm_has_zero_mean_and_unit_variance_before_its_scale()
     assert norm.modulated_layer_norm(values, scale, 0.0)[1] is None
 
 
+def test_swiglu_refuses_an_odd_width():
+    """Halves of two and one columns would multiply by broadcasting."""
+    with pytest.raises(ValueError, match="even width, has 3"):
+        swiglu.swiglu(torch.ones(2, 3))
+
+
 def test_swiglu_takes_the_gate_first():
     gate, up = torch.tensor([[-1.0, 2.0]]), torch.tensor([[3.0, 5.0]])
     torch.testing.assert_close(swiglu.swiglu(torch.cat([gate, up], -1)), gate * torch.sigmoid(gate) * up)
@@ -109,6 +122,36 @@ def test_every_expert_takes_its_best_tokens_and_weights_sum_to_the_scale(use_sig
     picked = torch.zeros(B, S, dtype=torch.bool).scatter(1, index.flatten(1), True)
     torch.testing.assert_close(total[picked], torch.full((int(picked.sum()),), scale))
     assert not total[~picked].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_token_whose_scores_are_too_small_has_no_weight_instead_of_a_nan(dtype):
+    """sigmoid(-20) = 2e-9 is 0 in float16, and so is the 1e-12 beside the sum."""
+    logits = torch.full((1, 4, 3), -20.0, dtype=dtype)
+    logits[0, 0] = 2.0
+    logits.requires_grad_()
+    index, weight = expert_choice.select(logits, 2, True, 2.5)
+    weight.sum().backward()
+    assert torch.isfinite(weight).all()
+    assert torch.isfinite(logits.grad).all()
+    first = weight[index == 0]
+    # 8e-3: roundings of bf16.
+    torch.testing.assert_close(first, torch.full_like(first, 2.5 / 3), rtol=8e-3, atol=0)
+    if dtype == torch.float16:
+        assert weight[index != 0].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_scores_every_expert_takes_distinct_tokens_the_same_every_time(dtype):
+    logits = torch.zeros(2, 12, 3, dtype=dtype)
+    logits[:, 7, 1] = 1.0
+    index, weight = expert_choice.select(logits, 4, False, 1.0)
+    again, _ = expert_choice.select(logits.clone(), 4, False, 1.0)
+    assert torch.equal(index, again)
+    assert all(len(set(row.tolist())) == 4 for row in index.flatten(0, 1))
+    assert (index[:, 1, 0] == 7).all()
+    total = torch.zeros(2, 12).scatter_add(1, index.flatten(1), weight.flatten(1).float())
+    torch.testing.assert_close(total[total > 0], torch.ones(int((total > 0).sum())), rtol=1e-2, atol=0)
 
 
 def test_choice_weights_carry_the_gradient_of_the_formula():

@@ -158,3 +158,17 @@ def test_a_device_without_an_order_gets_the_reference():
 def test_registering_a_pair_twice_is_refused(rows):
     with pytest.raises(ValueError, match="already has a backend 'torch'"):
         rows.register(Row("combine", "torch", TORCH, "cpu", "float32", ""))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("x", name="megatron_nucleus._C"), "needs the C++ extension, not built"),
+        (ModuleNotFoundError("x", name="megatron_nucleus._C_cuda"), "needs the CUDA extension, not built"),
+        (RuntimeError("operator megatron_nucleus::new does not exist"), "of this version, an older one is built"),
+        (ModuleNotFoundError("x", name="apex"), "needs apex, not installed"),
+        (AssertionError("no\ncuDNN"), "needs a library that fails to import (AssertionError: no cuDNN)"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(error, reason):
+    assert reason in registry.missing(error)

@@ -90,6 +90,70 @@ def test_a_backend_that_fails_is_said_and_the_others_are_timed(monkeypatch, caps
     assert any(line.split() == ["swiglu", "broken", "failed:", "no", "such", "tile"] for line in lines)
 
 
+def only(monkeypatch, torch_function, other_function) -> list[dict]:
+    """Rows of `swiglu` with these two in the place of its backends."""
+    plain = registry.backends("swiglu")[0]
+    functions = {"torch": torch_function, "other": other_function}
+    monkeypatch.setattr(registry, "backends", lambda op: (plain, plain._replace(backend="other")))
+    monkeypatch.setattr(registry, "why_unavailable", lambda *args, **kwargs: None)
+    monkeypatch.setattr(registry, "resolve", lambda op, name, **asked: functions[name])
+    settings = bench_ops.Settings(("demo",), ("swiglu",), 1, 8, 1, 3, "cpu", "float32")
+    return bench_ops.measure("swiglu", "demo", dims("demo", 1, 8), settings, Ceilings(1e12, 1e10))
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no such gradient")
+
+
+def test_a_backend_that_fails_backward_is_said_and_the_others_are_timed(monkeypatch):
+    broken, working = only(monkeypatch, torch.sigmoid, NoBackward.apply)
+    assert broken == {"shape": "demo", "op": "swiglu", "backend": "other", "failed": "no such gradient"}
+    assert working["backend"] == "torch"
+    assert working["step_ratio"] == 1.0
+
+
+def test_without_plain_torch_there_is_no_ratio(monkeypatch, capsys):
+    """Such as where it alone runs out of memory."""
+    broken, working = only(monkeypatch, NoBackward.apply, torch.sigmoid)
+    assert (broken["backend"], broken["failed"]) == ("torch", "no such gradient")
+    assert (working["forward_ratio"], working["step_ratio"]) == (None, None)
+    assert working["step_s"] > 0
+    facts = {"hardware": "h", "versions": {"torch": "2"}, "commit": None, "command": "c"}
+    result = {
+        "rows": [broken, working],
+        "dtype": "float32",
+        "threads": 1,
+        "ceilings": Ceilings(1e12, 1e10)._asdict(),
+    }
+    lines = [
+        line for line in bench_ops.markdown([facts | {"result": result}]).splitlines() if "swiglu" in line
+    ]
+    assert [cell.strip() for cell in lines[1].split("|")][6] == "-"
+    assert " - " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_backends_take_turns_in_both_directions(monkeypatch):
+    """Whoever runs second finds warm caches, and a clock that has throttled."""
+    calls: list[str] = []
+
+    def named(name: str):
+        def function(x):
+            if not torch.is_grad_enabled():
+                calls.append(name)
+            return torch.sigmoid(x)
+
+        return function
+
+    only(monkeypatch, named("a"), named("b"))
+    assert "".join(calls) == "abbaabbaab"  # two rounds of warm-up, three that are timed
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

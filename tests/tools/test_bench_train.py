@@ -23,7 +23,7 @@ from megatron_nucleus.training.benchmark.benchmark import (
     randomise_zeros,
     run_benchmark,
 )
-from megatron_nucleus.training.benchmark.parts import interleave, spread
+from megatron_nucleus.training.benchmark.parts import Timed, call_ours, interleave, spread
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
 from megatron_nucleus.utils.errors import ConfigError
 
@@ -57,13 +57,16 @@ def run_alone(model, bench, work) -> dict:
 
 def test_step_has_all_parts_and_consistent_figures(tool, capsys):
     result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--peak-tflops", "0.5")
-    parts = 2 * result["forward_backward"]["median_s"] + result["optimizer"]["median_s"]
-    assert result["step_s"] == pytest.approx(parts)
+    parts = [result[name]["median_s"] for name in ("accumulation", "forward_backward", "optimizer")]
+    assert result["step_s"] == pytest.approx(sum(parts))  # two micro-batches
     assert result["samples_per_step"] == 4
     assert result["samples_per_s"] == pytest.approx(4 / result["step_s"])
     expected = 4 * flops.training_flops_per_image(small_shape(), tokens=6, text_tokens=5)
     assert result["model_flops_per_step"] == expected
     assert result["mfu"] == pytest.approx(expected / result["step_s"] / 0.5e12)
+    assert result["backends"]["attention"] == "torch"
+    assert {"expert_ffn", "norm_rope", "swiglu"} < set(result["backends"])
+    assert (result["peak_tflops"], result["peak_source"]) == (0.5, "--peak-tflops")
     assert result["step"] == "forward_backward+optimizer"
     assert result["forward"]["repeats"] == 2
     assert 50e6 < result["peak_memory_bytes"] < 64e9
@@ -77,10 +80,15 @@ def test_step_has_all_parts_and_consistent_figures(tool, capsys):
 def test_breakdown_is_of_the_whole_step(tool, capsys):
     result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--steps", "1")
     times = {name: t["median_s"] for name, t in result["breakdown"].items()}
-    assert set(times) == {"step", *STEP_PARTS, *REGIONS, "dispatch_combine"}
-    assert sum(times[part] for part in STEP_PARTS) == pytest.approx(times["step"])
+    assert set(times) == {"step", *STEP_PARTS, "other", *REGIONS, "dispatch_combine"}
+    assert sum(times[part] for part in (*STEP_PARTS, "other")) == pytest.approx(times["step"])
     assert min(times.values()) > 0
     assert "breakdown" not in run(tool, capsys, *FAST, "--no-breakdown")
+
+
+def test_a_named_backend_is_that_of_the_row(tool, capsys):
+    flags = ("--swiglu-backend", "torch", "--no-breakdown", "--steps", "1", "--warmup", "0")
+    assert run(tool, capsys, *FAST, *flags)["backends"]["swiglu"] == "torch"
 
 
 def test_recorded_rows(tool, capsys, tmp_path):
@@ -94,7 +102,8 @@ def test_recorded_rows(tool, capsys, tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == f"{result['step_s'] * 1e3:.2f} ms"
     assert cells[8] == f"{result['breakdown']['dispatch_combine']['median_s'] * 1e3:.2f} ms"
-    assert len(cells) == 16
+    assert cells[12:14] == ["fp32", str(torch.get_num_threads())]
+    assert len(cells) == 18
 
 
 def test_data_of_the_breakdown_can_be_read(tool, capsys, monkeypatch):
@@ -130,6 +139,9 @@ def test_comparison_is_with_the_faster_of_their_paths(tool, capsys):
     assert compare["name"] == "diffusers"
     assert result["step"] == "forward_backward", "their module has no optimizer, so neither step has one"
     assert compare["ratio"] == pytest.approx(compare["step_s"] / result["step_s"])
+    settings = {"compiled_too": False, "checkpointing": False, "weights_dtype": "float32"}
+    assert compare["settings"].items() >= settings.items()
+    assert compare["settings"]["version"]
     for part in ("forward", "forward_backward"):
         assert set(compare[part]["all_paths_s"]) == {"loop", "grouped_mm"}
         assert compare[part]["median_s"] == min(compare[part]["all_paths_s"].values())
@@ -148,7 +160,10 @@ def test_their_best_settings_are_timed_too(tool, capsys, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(benchmark_compare, "COMPILE_BACKEND", backend)
-    flags = ("--compare", "diffusers", "--compare-compile", "--compare-checkpointing", "--steps", "1")
+    flags = (
+        "--compare", "diffusers", "--compare-compile", "--compare-checkpointing", "--recompute-granularity", "full",
+        "--steps", "1",
+    )  # fmt: skip
     compare = run(tool, capsys, *FAST, *flags)["compare"]
     variants = {"loop+checkpointing", "grouped_mm+checkpointing", "loop+compiled+checkpointing"}
     for part in ("forward", "forward_backward"):
@@ -246,6 +261,15 @@ def test_configuration_file_of_a_training_run(tool, capsys, tmp_path):
         (["--compare-checkpointing"], "--compare-checkpointing: needs --compare diffusers"),
         (["--breakdown", "--forward-only"], "--breakdown does not go with --forward-only"),
         (["--read-data", "--no-breakdown"], "--read-data"),
+        (
+            ["--compare", "diffusers", "--fp8", "emulated", "--fp8-recipe", "rowwise"],
+            "--compare diffusers: .*leave out --fp8 emulated",
+        ),
+        (["--compare", "diffusers", "--compile-blocks"], "--compare diffusers: .*add --compare-compile"),
+        (
+            ["--compare", "diffusers", "--compare-checkpointing"],
+            "--compare diffusers: .*add --recompute-granularity full",
+        ),
         (["--record", "nowhere/t.md"], "--record nowhere/t.md"),
         (["--resolution-px", "60"], "multiple of 8"),
         (["--preset", "dmeo"], "did you mean demo"),
@@ -299,3 +323,66 @@ def test_bf16_training_keeps_fp32_weights():
     model = NucleusTransformer(shape)
     run_alone(model, bench, work)
     assert all(bool(p.isfinite().all()) and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_gradients_of_later_micro_batches_are_added_to_those_of_the_first():
+    """A step's work for every micro-batch but one holds the adding, as in training."""
+    shape, bench = small_shape(), BenchConfig(text_tokens=4)
+    work = make_workload(
+        shape, bench, (2, 2), micro_batch_size=2, accumulation=3, bf16=False, device=torch.device("cpu")
+    )
+    model = NucleusTransformer(shape)
+    randomise_zeros(model)
+    timed = Timed(model, lambda: call_ours(model, work), work)
+    timed.forward_backward()
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    timed.forward_backward(first=False)
+    assert len(once) > 30
+    for name, gradient in once.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient, msg=name)
+    timed.forward_backward()
+    assert all(torch.equal(model.get_parameter(name).grad, g) for name, g in once.items())
+
+
+@pytest.mark.parametrize("flags", [(), ("--recompute-granularity", "full"), ("--forward-only",)])
+def test_hardware_flops_are_those_of_the_timed_step(tool, capsys, flags):
+    """By hand, product by product, of a step of 2 x 2 images, 6 image and 5 text tokens."""
+    result = run(tool, capsys, *FAST, "--micro-batch-size", "2", "--no-breakdown", "--steps", "1", *flags)
+    shape = small_shape()
+    D, H, F, E, U, kv = 128, shape.dense_hidden, 128, 4, shape.text_dim, 2 * 2 * 32
+    assert (shape.width, shape.moe_intermediate_dim, 2 * shape.num_key_value_heads * 32) == (D, F, kv)
+    B, S, L, P, rows = (
+        2,
+        6,
+        5,
+        shape.patch_channels,
+        4 * 3,
+    )  # each of 4 experts takes ceil(2 * 6 / 4) of 6 tokens
+    image_in, time_1, time_2 = B * S * P * D, B * D * 4 * D, B * 4 * D * D
+    head = B * S * D * P + B * D * 2 * D
+    tokens = B * S * (2 * D * D + D * kv)  # q and out, k and v together
+    modulation, scores = B * D * 4 * D, 2 * B * S * (S + L) * D
+    hidden, projected = B * L * U * D, B * L * D * kv  # text, one matrix behind the other at so few tokens
+    dense = B * S * 3 * D * H
+    moe = (B + B * S) * D * E + B * S * 3 * D * F + B * rows * 3 * D * F
+    once = 2 * (modulation + tokens + scores + hidden + projected) + dense + moe  # both blocks
+    forward = 2 * 2 * (image_in + time_1 + time_2 + head + once)  # two micro-batches, a multiply-add is two
+    if flags == ("--forward-only",):
+        assert result["hardware_flops_per_step"] == forward
+        return
+    # Backward: twice, but once for what has an input without a gradient; five products for attention's two.
+    back = 2 * (once + time_2 + head) + image_in + time_1 + 2 * (scores // 2 - hidden)
+    recompute = once if flags else 0
+    muon = [(D, D)] * 4 + [(64, D)] * 8 + [tuple(sorted((U, D)))] * 2
+    muon += [tuple(sorted((D, H)))] * 3 + [tuple(sorted((D, F)))] * 3 * (E + 1)
+    newton_schulz = sum(5 * (4 * r * r * c + 2 * r**3) for r, c in muon)
+    assert result["hardware_flops_per_step"] == forward + 4 * (back + recompute) + newton_schulz
+
+
+def test_rows_of_other_ranks_and_threads_are_others(tool, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert tool._launcher() == []
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert tool._launcher() == ["torchrun", "--nproc-per-node", "4"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert tool._launcher() == ["torchrun", "--nnodes", "2", "--nproc-per-node", "2"]

@@ -24,6 +24,7 @@ from megatron_nucleus.training.benchmark.benchmark import (
     randomise_zeros,
     run_benchmark,
 )
+from megatron_nucleus.training.benchmark.breakdown import of_slowest
 from megatron_nucleus.training.benchmark.parts import Spread, Timed, Workload, call_ours, interleave
 from megatron_nucleus.training.profiling.regions import named_regions
 from tests.core.parallel_cases import SHAPE, build, join, whole
@@ -96,8 +97,12 @@ def test_a_step_is_that_of_all_ranks_and_mfu_that_of_a_device(tmp_path):
 
 
 def test_rank_0_alone_prints(tmp_path):
-    first, second = run_ranks(2, printed, tmp_path, [*FAST, *EP2])
+    flags = ["--record", str(tmp_path / "t.md")]
+    first, second = run_ranks(2, printed, tmp_path, [*FAST, *EP2, *flags])
     assert second == ""
+    (entry,) = json.loads((tmp_path / "t.json").read_text())
+    assert entry["command"].startswith("torchrun --nproc-per-node 2 tools/bench_train.py --num-layers")
+    assert entry["result"]["ranks"] == 2
     assert "2 ranks: dense replicate 1 x shard 2; experts expert_replicate 1 x efsdp 1 x ep 2" in first
     assert "0.05 MiB into all-to-alls, its own share included (theory 0.05 MiB); Muon gather" in first
 
@@ -147,6 +152,20 @@ def test_times_are_of_the_slowest_rank_and_without_the_wait_for_its_start(tmp_pa
     assert slept.min_s >= 0.05
     assert slept.repeats == 4
     assert met.min_s < 0.4
+
+
+def uneven_rows() -> dict[str, list[float]]:
+    """Rank 0 is slow in the first repetition, rank 1 in the second; each waits for the other in `combine`."""
+    fast = {"step": 5.0, "forward": 4.0, "combine": 3.0}
+    slow = {"step": 6.0, "forward": 6.0, "combine": 0.0}
+    rows = [slow, fast] if dist.get_rank() == 0 else [fast, slow]
+    return of_slowest(rows, dist.group.WORLD)
+
+
+def test_a_breakdown_is_of_one_rank_so_that_its_parts_add_up(tmp_path):
+    """The largest of each part over the ranks would count the wait of one rank beside the work of the other."""
+    for found in run_ranks(2, uneven_rows, tmp_path):
+        assert found == {"step": [6.0, 6.0], "forward": [6.0, 6.0], "combine": [0.0, 0.0]}
 
 
 def randomised(settings: dict) -> dict[str, np.ndarray]:
@@ -218,8 +237,8 @@ def parts_of_a_micro_batch(settings: dict) -> int:
     timed = Timed(model, lambda: call_ours(model, work), work)
 
     def gradients(*micro_batches: bool) -> dict[str, torch.Tensor]:
-        for last in micro_batches:
-            timed.forward_backward(last)
+        for number, last in enumerate(micro_batches):
+            timed.forward_backward(number == 0, last)
         return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
 
     timed.forward()

@@ -13,6 +13,7 @@ from megatron_nucleus.training.profiling import profile as profiling
 from megatron_nucleus.training.profiling.kernels import KernelRow, table, with_shares
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
 from megatron_nucleus.utils.errors import ConfigError
+from tests.ranks import run_ranks
 from tests.training.test_regions import Listing
 from tools.profile_train import main
 
@@ -62,19 +63,53 @@ def test_every_region_is_in_the_trace_as_often_as_it_runs(profile):
     assert len(named) == result["steps"] * sum(calls.values())
 
 
-def test_regions_nest_on_their_own_line_of_the_trace(profile):
-    """Viewers drop what overlaps without nesting."""
-    _, folder = profile
-    named = [e for e in events(folder) if e.get("cat") == "user_annotation"]
-    assert {e["tid"] for e in named} == {"regions"}
+def check_nested(found: list[dict]) -> None:
+    """No event ends behind one that it began in."""
     open_until: list[float] = []
-    for event in sorted(named, key=lambda e: (e["ts"], -e["dur"])):
+    for event in sorted(found, key=lambda e: (e["ts"], -e["dur"])):
         start, end = event["ts"], event["ts"] + event["dur"]
         while open_until and open_until[-1] <= start:
             open_until.pop()
         assert not open_until or end <= open_until[-1], event["name"]
         open_until.append(end)
+
+
+def test_regions_nest_on_their_own_line_of_the_trace(profile):
+    """Viewers drop what overlaps without nesting."""
+    _, folder = profile
+    named = [e for e in events(folder) if e.get("cat") == "user_annotation"]
+    assert {e["tid"] for e in named} == {"regions"}
+    check_nested(named)
     assert "host_name" not in json.loads((folder / "trace.json").read_text())
+
+
+def of_a_rank(folder) -> str:
+    """What a rank prints. Other ranks profile nothing and print nothing."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(
+            [
+                *SMALL, "--expert-model-parallel-size", "2", "--output", str(folder), "--profile-warmup", "1",
+                "--profile-steps", "1", "--json",
+            ]
+        )  # fmt: skip
+    return out.getvalue()
+
+
+@pytest.mark.dist
+def test_with_several_ranks_the_regions_are_ours_alone(tmp_path):
+    """FSDP and gloo name ranges, too, which overlap with ours and with each other."""
+    folder = tmp_path / "profile"
+    first, second = run_ranks(2, of_a_rank, tmp_path, folder)
+    result = json.loads(first.splitlines()[-1])
+    assert second == ""
+    assert set(result["regions"]) == {*STEP_PARTS, *REGIONS}
+    assert (
+        result["regions"]["dispatch"]["calls"] == 4
+    )  # one micro-batch and MoE layer: sent and there, both passes
+    named = [e for e in events(folder) if e.get("cat") == "user_annotation"]
+    assert {e["name"] for e in named if e["tid"] == "regions"} == {*STEP_PARTS, *REGIONS}
+    assert any(e["name"].startswith("FSDP::") and e["tid"] != "regions" for e in named)
+    check_nested([e for e in named if e["tid"] == "regions"])
 
 
 def test_memory_over_time(profile):
@@ -107,6 +142,26 @@ def test_without_memory(tmp_path):
     result = json.loads(out.getvalue().splitlines()[-1])
     assert "peak_allocated_bytes" not in result
     assert not (tmp_path / "memory.json").exists()
+
+
+def test_files_of_an_earlier_profile_do_not_stay_beside_the_new_ones(tmp_path):
+    """Such as the memory of another model; what is not a profile's is left alone."""
+    for name in ("memory.json", "memory.pickle", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(
+            [
+                *SMALL,
+                "--output",
+                str(tmp_path),
+                "--profile-steps",
+                "1",
+                "--profile-warmup",
+                "0",
+                "--no-memory",
+            ]
+        )
+    assert {f.name for f in tmp_path.iterdir()} == {"trace.json", "kernels.md", "profile.json", "mine.txt"}
 
 
 def test_nvtx_names_the_profiled_steps_alone(monkeypatch, capsys, tmp_path):
@@ -148,6 +203,11 @@ def test_rows_of_a_table():
         (["--profile-steps", "0"], "--profile-steps 0: must be at least 1"),
         (["--top", "0"], "--top 0"),
         (["--output", __file__], "is a file"),
+        (["--output", f"{__file__}/inside"], "--output .*/inside: Not a directory; name another folder"),
+        (["--output", "/proc/none/inside"], "--output /proc/none/inside: .*name another folder"),
+        (["--steps", "3"], "--steps"),  # of another program; --profile-steps is this one's
+        (["--compare", "diffusers"], "--compare"),
+        (["--grid", "0", "3"], "--grid 0 3"),
         pytest.param(
             ["--nvtx"],
             "--nvtx: torch finds no CUDA device",

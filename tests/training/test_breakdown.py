@@ -12,7 +12,14 @@ from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_opt
 from megatron_nucleus.core.parallel_state import single_process
 from megatron_nucleus.training.arguments import parse_run
 from megatron_nucleus.training.benchmark.benchmark import BenchConfig, make_workload
-from megatron_nucleus.training.benchmark.breakdown import EXCHANGE, Step, draw_noise, sums, time_breakdown
+from megatron_nucleus.training.benchmark.breakdown import (
+    EXCHANGE,
+    OTHER,
+    Step,
+    draw_noise,
+    sums,
+    time_breakdown,
+)
 from megatron_nucleus.training.benchmark.parts import Timed, call_ours
 from megatron_nucleus.training.benchmark.setup import reading_data
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS
@@ -44,16 +51,17 @@ def make_step(model: NucleusTransformer, data=None, optimizer: bool = True) -> S
 
 def test_seconds_by_path_become_seconds_by_name():
     own = {
-        ("data",): 1.0,
-        ("forward",): 2.0,
-        ("forward", "experts"): 4.0,
-        ("forward", "experts", "dispatch"): 8.0,  # rows that arrive while the experts wait
-        ("backward", "experts"): 16.0,
-        ("backward", "combine"): 32.0,
-        ("optimizer",): 64.0,
+        ("step",): 128.0,  # in none of the parts
+        ("step", "data"): 1.0,
+        ("step", "forward"): 2.0,
+        ("step", "forward", "experts"): 4.0,
+        ("step", "forward", "experts", "dispatch"): 8.0,  # rows that arrive while the experts wait
+        ("step", "backward", "experts"): 16.0,
+        ("step", "backward", "combine"): 32.0,
+        ("step", "optimizer"): 64.0,
     }
     expected = dict.fromkeys(REGIONS, 0.0) | {
-        "step": 127.0, "data": 1.0, "forward": 14.0, "backward": 48.0, "optimizer": 64.0,
+        "step": 255.0, OTHER: 128.0, "data": 1.0, "forward": 14.0, "backward": 48.0, "optimizer": 64.0,
         "experts": 20.0, "dispatch": 8.0, "combine": 32.0, EXCHANGE: 40.0,
     }  # fmt: skip
     assert sums(own) == expected
@@ -75,9 +83,9 @@ def test_a_step_is_data_forward_backward_for_each_micro_batch_and_one_update():
 
 def test_the_parts_add_up_to_the_step():
     times = time_breakdown(make_step(tiny_model()), repeats=1, warmup=1, device=CPU, control=None)
-    assert set(times) == {"step", *STEP_PARTS, *REGIONS, EXCHANGE}
+    assert set(times) == {"step", *STEP_PARTS, OTHER, *REGIONS, EXCHANGE}
     seconds = {name: t.median_s for name, t in times.items()}
-    assert sum(seconds[part] for part in STEP_PARTS) == pytest.approx(seconds["step"])
+    assert sum(seconds[part] for part in (*STEP_PARTS, OTHER)) == pytest.approx(seconds["step"])
     assert 0 < sum(seconds[r] for r in REGIONS) < seconds["forward"] + seconds["backward"]
     assert seconds[EXCHANGE] == pytest.approx(seconds["dispatch"] + seconds["combine"])
     assert all(value > 0 for value in seconds.values())
@@ -99,6 +107,33 @@ def test_a_slow_part_is_found(monkeypatch):
     times = time_breakdown(make_step(model), repeats=2, warmup=0, device=CPU, control=None)
     nonzero = {name: t.median_s for name, t in times.items() if t.median_s}
     assert nonzero == {"step": 2.0, "forward": 2.0, "experts": 2.0}  # two micro-batches
+
+
+def test_what_is_in_no_part_is_in_the_step(monkeypatch):
+    """The step is measured from outside: work between its parts, here ahead of clipping, does not get lost."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    step = make_step(tiny_model())
+    plain = step.timed.forward_backward
+
+    def late(*args):
+        now[0] += 3.0
+        plain(*args)
+
+    monkeypatch.setattr(step.timed, "forward_backward", late)
+    times = time_breakdown(step, repeats=2, warmup=0, device=CPU, control=None)
+    assert {name: t.median_s for name, t in times.items() if t.median_s} == {"step": 6.0, OTHER: 6.0}
+
+
+def test_a_step_learns_from_all_its_micro_batches():
+    """The gradients that reach the optimizer are the sum over the micro-batches."""
+    model = tiny_model()
+    step = make_step(model, optimizer=False)
+    step(Listing())
+    both = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    step.timed.forward_backward()
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, 2 * model.get_parameter(name).grad, msg=name)
 
 
 def test_noise_is_drawn_as_training_draws_it():

@@ -205,6 +205,10 @@ def test_device_peaks():
     assert device_peak_flops("cuda", name="NVIDIA H100 PCIe") == 756e12
     assert device_peak_flops("cuda", name="NVIDIA H200") == 989e12
     assert device_peak_flops("cuda", name="NVIDIA H200 NVL") == 835e12
+    assert device_peak_flops("cuda", name="NVIDIA H800 PCIe") == 756e12
+    assert device_peak_flops("cuda", name="NVIDIA GH200 480GB") == 989e12
+    assert device_peak_flops("cuda", name="NVIDIA GB200") == 2500e12
+    assert device_peak_flops("cuda", name="NVIDIA B200") == 2250e12
     assert device_peak_flops("cuda", name="NVIDIA H20") == 148e12
     assert device_peak_flops("cuda", name="NVIDIA A100-SXM4-80GB") == 312e12
     assert device_peak_flops("cuda", torch.float32, name="NVIDIA A100-SXM4-80GB") == 19.5e12

@@ -37,3 +37,13 @@ def test_what_cannot_be_done_is_said_before_the_first_step(config_file, tmp_path
     with pytest.raises(ConfigError, match=words):
         run_here(config_file, tmp_path / "run", "--train-steps", 1, *flags)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_resumed_run_may_turn_fp8_on_and_off(config_file, tmp_path):
+    """Weights and optimizer know nothing of it; the same samples give nearly the same losses."""
+    for name, middle in (("plain", ()), ("mixed", FP8)):
+        for steps, flags in ((2, ()), (4, middle), (6, ())):
+            run_here(config_file, tmp_path / name, "--train-steps", steps, *flags)
+    losses = [[row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("plain", "mixed")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

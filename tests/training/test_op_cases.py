@@ -115,6 +115,69 @@ def test_the_slower_of_two_bounds_counts():
     assert ceilings.floor_s(10**12, 3 * 10**9) == 3.0
 
 
+def test_the_ceiling_is_the_best_of_some_sizes(monkeypatch):
+    """The largest product may be the slower one; a share of its rate would be beyond 100 %."""
+    rates = dict(zip(roofline.MATMUL_SIDES["cpu"], (1.0, 3.0, 2.0), strict=True))
+    monkeypatch.setattr(roofline, "matmul_flops_per_s", lambda side, device, dtype: rates[side])
+    monkeypatch.setattr(roofline, "copy_bytes_per_s", lambda size, device: 7.0)
+    assert roofline.measure_ceilings("cpu", torch.float32) == Ceilings(3.0, 7.0)
+
+
+def test_the_rate_of_a_product(monkeypatch):
+    monkeypatch.setattr(roofline, "best_s", lambda call, device: call().numel() / 16 * 0.5)
+    assert roofline.matmul_flops_per_s(4, "cpu", torch.bfloat16) == 2 * 4**3 / 0.5
+
+
+class Recorded:
+    """What a GPU would be asked for, in order; its clock stands still outside of ``call``, which takes 3 ms."""
+
+    def __init__(self, monkeypatch):
+        self.asked: list[str] = []
+        self.now_ms = 0.0
+        log = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                log.asked.append("record")
+                self.at_ms = log.now_ms
+
+            def synchronize(self):
+                log.asked.append("wait for event")
+
+            def elapsed_time(self, end):
+                return end.at_ms - self.at_ms
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.asked.append("wait"))
+
+    def zero_(self) -> None:
+        self.asked.append("flush")
+        self.now_ms += 100.0
+
+    def call(self) -> None:
+        self.asked.append("call")
+        self.now_ms += 3.0
+
+
+def test_on_a_gpu_an_operation_is_timed_between_events_behind_a_flush(monkeypatch):
+    """Not on the host's clock, on which a launch and a wait are longer than many kernels."""
+    gpu = Recorded(monkeypatch)
+    monkeypatch.setattr(torch, "empty", lambda *size, **where: gpu)
+    clock = roofline.OpClock("cuda")
+    assert clock(gpu.call) == pytest.approx(3e-3)
+    assert gpu.asked == ["wait", "flush", "record", "call", "record", "wait for event"]
+
+
+def test_a_whole_step_is_timed_from_an_idle_to_an_idle_device(monkeypatch):
+    gpu = Recorded(monkeypatch)
+    monkeypatch.setattr("time.perf_counter", lambda: gpu.now_ms / 1e3)
+    assert roofline.timed_s(gpu.call, "cuda:1") == pytest.approx(3e-3)
+    assert gpu.asked == ["wait", "call", "wait"]
+
+
 def test_a_cache_only_raises_the_ceiling(monkeypatch):
     """Work on few bytes is measured against a copy as small, work on many against the large one."""
     asked = []

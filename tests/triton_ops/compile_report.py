@@ -1,4 +1,6 @@
-"""Compile every Triton kernel for sm_90 at production tile sizes, without a GPU, and print what ptxas used as JSON.
+"""Compile Triton kernels at production tile sizes, without a GPU, and print what ptxas used as JSON.
+
+Every kernel for sm_90; the bf16 products, whose tiles come closest to the limits, for sm_80 and sm_100 too.
 
 A program, not a test: kernels are decorated for the compiler or for the interpreter, once per process.
 """
@@ -17,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton_ops import expert_ffn, gated_residual, layer_norm, moe_rows, norm_rope, swiglu, symmetric
+from triton_ops import stochastic_round as rounding
 
 D, K = 2048, 128  # width and head width of nucleus_image_17b
 ROWS, WIDTH = layer_norm.tile(D)
@@ -78,18 +81,24 @@ KERNELS = {
     "norm and rotation backward": Spec(norm_rope.backward_kernel, HEADS_CHUNK, norm_rope.WARPS),
     "swiglu": Spec(swiglu.forward_kernel, SWIGLU, swiglu.DEFAULT.warps),
     "swiglu backward": Spec(swiglu.backward_kernel, {**SWIGLU, "WITH_OUT": True}, swiglu.DEFAULT.warps),
+    # stochastic_round.round_kernel
+    "stochastic rounding": Spec(
+        rounding.round_kernel, {"PAIRS": rounding.PAIRS}, rounding.WARPS, data="*fp32"
+    ),
     "symmetric product": symmetric_of(symmetric.DEFAULT),
     "symmetric product, fp32": symmetric_of(symmetric.DEFAULT_FP32, "*fp32"),
     "experts": experts_of(expert_ffn.DEFAULT),
     "experts, fp32": experts_of(expert_ffn.DEFAULT_FP32, "*fp32"),
 }
+PRODUCTS = (symmetric.product_kernel, expert_ffn.gate_up_kernel)
 TYPES = {"index": "*i64", "order": "*i64", "starts": "*i64", "partial": "*fp32", "rotation": "*fp32"}
+TYPES |= {"bits": "*i16"} | dict.fromkeys(("start", "odd", "before", "after"), "i32")
 TYPES |= dict.fromkeys(("eps", "alpha", "beta"), "fp32")
 SIZES = {"N", "T", "S", "D", "H", "K", "F", "R", "C"}
 WIDTHS = SIZES - {"N", "T", "S", "H"}  # of the architecture, multiples of 16
 
 
-def compile_kernel(spec: Spec) -> dict:
+def compile_kernel(spec: Spec, architecture: int) -> dict:
     """Registers per thread, bytes of shared memory, bytes spilled, and warps of one kernel, as at a launch."""
     signature, attributes = {}, {}
     for position, name in enumerate(spec.kernel.arg_names):
@@ -101,7 +110,7 @@ def compile_kernel(spec: Spec) -> dict:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(spec.kernel, signature=signature, constexprs=spec.constants, attrs=attributes)
     options = {"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
@@ -119,4 +128,13 @@ def compile_kernel(spec: Spec) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compile_kernel(spec) for name, spec in KERNELS.items()}))
+    products = {name for name, spec in KERNELS.items() if spec.kernel in PRODUCTS and spec.data == "*bf16"}
+    wanted = {90: set(KERNELS), 80: products, 100: products}
+    print(
+        json.dumps(
+            {
+                arch: {name: compile_kernel(spec, arch) for name, spec in KERNELS.items() if name in names}
+                for arch, names in wanted.items()
+            }
+        )
+    )

@@ -109,6 +109,7 @@ TILE = SMALL._asdict()
         ({**entry("a", "b"), "tiles": {"a": 1}}, "tiles must be operation -> shape class -> tile"),
         ({**entry("a", "b"), "tiles": {"a": {"b": {"rows": 8}}}}, "tiles, a, 'b': must be an object with exactly rows"),
         ({**entry("a", "b"), "tiles": {"a": {"b": {**TILE, "rows": 24}}}}, "rows must be a power of two in 1..1024"),
+        ({**entry("a", "b"), "tiles": {"expert_ffn": {"b": {**TILE, "depth": 8}}}}, "power of two in 16..1024, got 8"),
         ({**entry("a", "b"), "tiles": {"a": {"b": {**TILE, "warps": 64}}}}, "warps must be a power of two in 1..32"),
         ({**entry("a", "b"), "tiles": {"a": {"b": {**TILE, "stages": 0}}}}, "stages must be an integer in 1..8, got 0"),
         ({**entry("a", "b"), "tiles": {"a": {"b": {**TILE, "depth": True}}}}, "depth must be a power of two"),
@@ -176,6 +177,12 @@ def test_the_tuner_takes_the_fastest_tile_that_is_right():
     assert outcome.refused[wrong] == "results differ by 0.05 of the largest"
     assert "nan" in outcome.refused[nan]
     assert set(outcome.refused) == {wrong, nan, large}
+
+
+def test_a_default_tile_that_does_not_run_is_named():
+    made = work({SMALL: ValueError("out of resource: shared memory"), SMALL._replace(depth=32): [1.0]})
+    with pytest.raises(RuntimeError, match="op, class: the default tile does not run here: out of resource"):
+        tuner.choose(made, lambda call: call())
 
 
 def test_the_tuner_covers_the_model_and_its_results_are_those_of_the_operations(write):

@@ -105,8 +105,13 @@ class NucleusTransformer(nn.Module):
 
     def _normalise(self, text_BLU: Tensor) -> NormalisedText:
         """Without the norm's weight, which each block folds into its own first projection."""
-        weight_U = self.text_norm.weight
-        return NormalisedText(self.kernels.rms_norm(text_BLU, torch.ones_like(weight_U), EPS), weight_U)
+        weight_U, kind = self.text_norm.weight, text_BLU.device.type
+        features_BLU = self.kernels.rms_norm(text_BLU, torch.ones_like(weight_U), EPS)
+        if torch.is_autocast_enabled(
+            kind
+        ):  # once, and not anew in each block's product, which would keep a copy
+            features_BLU = features_BLU.to(torch.get_autocast_dtype(kind))
+        return NormalisedText(features_BLU, weight_U)
 
     def _check_inputs(self, latents: Tensor, sigma: Tensor, text: TextKV | TextFeatures, grid: tuple) -> None:
         if latents.ndim != 3 or latents.shape[2] != self.shape.patch_channels:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_nucleus.core import collectives
 from megatron_nucleus.core.kernels import Kernels
+from megatron_nucleus.core.recompute import forget
 from megatron_nucleus.types import Routing
 
 
@@ -111,6 +112,7 @@ class AllToAllDispatcher(LocalDispatcher):
 
     def give_back(self, rows_eND: Tensor) -> Tensor:
         """[e, EP*b*C, D] -> [E, b*C, D] of this rank's own tokens, on its way."""
+        forget(rows_eND)  # weights are applied behind the way back: no gradient reads these rows
         rows = rows_eND.unflatten(1, (self.ranks, -1)).transpose(0, 1).flatten(0, 1)
         return collectives.depart(rows, self.group, self.traffic)
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_nucleus.ops.registry import missing
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -77,11 +78,8 @@ def why_unavailable(name: str, device_type: str) -> str | None:
     """Why the exchange ``name`` cannot run here, whatever the model, in one line; None when it may."""
     try:
         module = _module(name)
-    except ModuleNotFoundError as error:
-        return f"needs {error.name}, not installed"
     except Exception as error:  # DeepEP raises AssertionError at import
-        text = " ".join(str(error).split())[:200]
-        return f"needs a library that fails to import ({type(error).__name__}: {text})"
+        return missing(error)
     return module.why_unavailable(device_type)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_nucleus.core.optimizer import shards
+from megatron_nucleus.ops import grad_norm, registry
+
+
+class ClipOps(NamedTuple):
+    """Operations over all gradients at once: those of `ops.grad_norm` or of another backend."""
+
+    square_sum: Callable[..., Tensor] = grad_norm.square_sum
+    scale_: Callable[..., tuple[Tensor, ...]] = grad_norm.scale_
+
+
+TORCH_OPS = ClipOps()
+
+
+def resolve_clip(backend: str, params: Iterable[nn.Parameter]) -> ClipOps:
+    """Operations for where the parameters are. A backend that only forms norms leaves the scaling to torch.
+
+    Raises:
+        ConfigError: the backend cannot serve them; the message says why and what can.
+    """
+    first = next(iter(params), None)
+    if first is None:
+        return ClipOps()
+    place = {"device_type": first.device.type, "dtype": first.dtype}
+    scales = {"auto", *(row.backend for row in registry.backends("scale_"))}
+    return ClipOps(
+        registry.resolve("square_sum", backend, **place),
+        registry.resolve("scale_", backend if backend in scales else "torch", **place),
+    )
 
 
 class ClipReport(NamedTuple):
@@ -23,13 +51,11 @@ class ClipReport(NamedTuple):
 
 
 @torch.no_grad()
-def local_square_sum(params: Iterable[nn.Parameter]) -> Tensor:
+def local_square_sum(params: Iterable[nn.Parameter], ops: ClipOps = TORCH_OPS) -> Tensor:
     """This rank's share of the squared gradient norm; the sum over all ranks is the square of the global norm.
 
-    A shard that n ranks hold counts 1/n on each of them. Parameters without a gradient are left out.
-
-    The CPU kernel adds one value after the other, which in fp32 loses 4e-4 at 1e6 equal values, so it
-    accumulates in fp64; the GPU's tree sums of one tensor stay in fp32.
+    A shard that n ranks hold counts 1/n on each of them. Parameters without a gradient are left out; all are of one
+    device.
 
     Returns:
         fp64 scalar tensor on the parameters' device; 0 without gradients.
@@ -39,21 +65,16 @@ def local_square_sum(params: Iterable[nn.Parameter]) -> Tensor:
     for grad in [p.grad for p in params]:
         if grad is not None:
             by_copies.setdefault(shards.copies(grad), []).append(grad)
-    sums = [_square_sum(shards.local(grads)) / copies for copies, grads in by_copies.items()]
+    sums = [ops.square_sum(*shards.local(grads)) / copies for copies, grads in by_copies.items()]
     if not sums:
         return torch.zeros((), dtype=torch.float64, device=params[0].device if params else None)
     return torch.stack(sums).sum()
 
 
-def _square_sum(tensors: list[Tensor]) -> Tensor:
-    device = tensors[0].device
-    accumulate = torch.float64 if device.type == "cpu" else torch.float32
-    norms = torch._foreach_norm(tensors, 2, dtype=accumulate)
-    return torch.stack([n.to(device) for n in norms]).double().square().sum()
-
-
 @torch.no_grad()
-def scale_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+def scale_gradients(
+    params: Iterable[nn.Parameter], norm: Tensor, max_norm: float, ops: ClipOps = TORCH_OPS
+) -> None:
     """Scale all gradients by min(1, max_norm/norm) in place.
 
     Args:
@@ -64,11 +85,14 @@ def scale_gradients(params: Iterable[nn.Parameter], norm: Tensor, max_norm: floa
     grads = shards.local(p.grad for p in params if p.grad is not None)
     if max_norm > 0 and grads:
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # 1e-6: as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_(grads, factor)
+        ops.scale_(factor, *grads)
 
 
 def clip_gradients(
-    params: Iterable[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None = None
+    params: Iterable[nn.Parameter],
+    max_norm: float,
+    group: dist.ProcessGroup | None = None,
+    ops: ClipOps = TORCH_OPS,
 ) -> ClipReport:
     """Measure the global norm and scale all gradients by min(1, max_norm/norm) in place.
 
@@ -82,9 +106,9 @@ def clip_gradients(
         worthless afterwards: the caller skips the update.
     """
     params = list(params)
-    square_sum = local_square_sum(params)
+    square_sum = local_square_sum(params, ops)
     if group is not None:
         dist.all_reduce(square_sum, group=group)
     norm = square_sum.sqrt().float()
-    scale_gradients(params, norm, max_norm)
+    scale_gradients(params, norm, max_norm, ops)
     return ClipReport(norm, torch.isfinite(norm))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_nucleus.core.optimizer import shards
 from megatron_nucleus.core.optimizer.exchange import STAGES, Exchange
 from megatron_nucleus.core.optimizer.param_groups import SPLITS, matrices
+from megatron_nucleus.core.optimizer.rounding import Rounding, in_memory_order, pieces, wide
 from megatron_nucleus.ops.orthogonalize import orthogonalize
 
 # Values orthogonalised together. On a CPU a batch that stays in the cache beats one long batch. On a GPU the
@@ -69,7 +70,7 @@ class _Batch(NamedTuple):
 
 def arithmetic(dtype: torch.dtype | None, tensor: Tensor) -> torch.dtype:
     """Dtype of the Newton-Schulz arithmetic for a parameter; dtype: as of `Muon`."""
-    return dtype or (torch.bfloat16 if tensor.is_cuda else tensor.dtype)
+    return dtype or (torch.bfloat16 if tensor.is_cuda else torch.promote_types(tensor.dtype, torch.float32))
 
 
 def newton_schulz_flops(shape: Sequence[int], steps: int) -> int:
@@ -88,9 +89,11 @@ class Muon:
         nesterov: look ahead by one momentum step.
         steps: Newton-Schulz steps.
         scale: update RMS is about ``scale`` whatever the shape (0.2 matches AdamW's, arXiv 2502.16982).
-        dtype: dtype of the Newton-Schulz arithmetic; None = bf16 on CUDA, the parameter's own elsewhere. Between
-            ranks directions and updates travel in it.
+        dtype: dtype of the Newton-Schulz arithmetic; None = bf16 on CUDA, the parameter's own elsewhere, at least
+            fp32. Between ranks directions and updates travel in it.
+        state_dtype: of the momentum; None = the parameter's own, at least fp32.
         orthogonalize: a backend of `ops.orthogonalize`; every stack is handed to it to be overwritten.
+        rounding: writes bf16 parameters and momentum; each gets one rounding a step.
     """
 
     def __init__(
@@ -102,13 +105,20 @@ class Muon:
         steps: int,
         scale: float,
         dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         orthogonalize: Callable[[Tensor, int, bool], Tensor] = orthogonalize,
+        rounding: Rounding | None = None,
     ):
         self.params = params
         self.beta, self.nesterov, self.steps, self.scale = momentum, nesterov, steps, scale
         self.dtype = dtype
         self.orthogonalize = orthogonalize
-        self.momentum = [torch.zeros_like(p.param) for p in params]
+        self.rounding = rounding or Rounding()
+        self.momentum = [
+            torch.zeros_like(p.param, dtype=state_dtype or torch.promote_types(p.param.dtype, torch.float32))
+            for p in params
+        ]
+        self._first = [shards.first_value(p.param) for p in params]
         shapes = [matrices(p.split, p.param.shape) for p in params]
         self._scales = [scale * math.sqrt(max(shape[-2:])) for shape in shapes]  # max(fan_in, fan_out)
         self._cut = [i for i, p in enumerate(params) if shards.is_cut(p.param)]
@@ -144,10 +154,7 @@ class Muon:
         weights = shards.local(p.param for p in self.params)
         grads = shards.local(p.param.grad for p in self.params)
         momentum = shards.local(self.momentum)
-        torch._foreach_lerp_(momentum, grads, 1.0 - self.beta)
-        for param, weight in zip(self.params, weights, strict=True):
-            if param.weight_decay:
-                weight.mul_(1.0 - lr * param.lr_factor * param.weight_decay)
+        self._average(momentum, grads)
         if self._exchange is None:
             self._update(self._batches, weights, grads, momentum, lr)
             return
@@ -165,7 +172,7 @@ class Muon:
             return
         weights = shards.local(self.params[i].param for i in self._cut)
         for i, weight, update in zip(self._cut, weights, self._exchange.collect(), strict=True):
-            weight.add_(update, alpha=self._rate(i, lr))
+            self._apply(i, weight, weight, update, lr)
 
     def _arithmetic(self, tensor: Tensor) -> torch.dtype:
         return arithmetic(self.dtype, tensor)
@@ -173,8 +180,38 @@ class Muon:
     def _source(self, index: int, param: MuonParam, shape: Sequence[int]) -> _Source:
         return _Source(index, param.split, shape, self._arithmetic(param.param), param.param.device)
 
-    def _rate(self, index: int, lr: float) -> float:
-        return -lr * self.params[index].lr_factor * self._scales[index]
+    def _average(self, momentum: list[Tensor], grads: list[Tensor]) -> None:
+        """Move each average towards its gradient, in fp32 at least."""
+        weight = 1.0 - self.beta
+        if all(m.dtype == g.dtype and m.itemsize >= 4 for m, g in zip(momentum, grads, strict=True)):
+            torch._foreach_lerp_(momentum, grads, weight)
+            return
+        for i, (average, grad) in enumerate(zip(momentum, grads, strict=True)):
+            key = self.rounding.key(f"muon.momentum.{self.params[i].name}")
+            average, grad = average.view(-1), grad.reshape(-1)
+            for piece in pieces(average):
+                values = wide(average[piece]).lerp_(wide(grad[piece]), weight)
+                if average.itemsize < 4:
+                    self.rounding.write(average[piece], values, key, self._first[i] + piece.start)
+
+    def _apply(self, index: int, weight: Tensor, view: Tensor, update: Tensor, lr: float) -> None:
+        """Decay ``view``, matrices of this rank's part ``weight`` of a parameter, and add its update.
+
+        A bf16 weight is rounded once for both.
+        """
+        param = self.params[index]
+        rate = lr * param.lr_factor
+        values = view
+        if view.itemsize < 4:
+            values = torch.empty_strided(view.shape, view.stride(), dtype=torch.float32, device=view.device)
+            values.copy_(view)
+        if param.weight_decay:
+            values.mul_(1.0 - rate * param.weight_decay)
+        values.add_(update, alpha=-rate * self._scales[index])
+        if values is not view:
+            first = self._first[index] + view.storage_offset() - weight.storage_offset()
+            key = self.rounding.key(param.name)
+            self.rounding.write(in_memory_order(view), in_memory_order(values), key, first)
 
     def _directions(self, grads: list[Tensor], momentum: list[Tensor]) -> list[Tensor]:
         """This rank's rows of what the exchange sends."""
@@ -182,7 +219,8 @@ class Muon:
         momentum = [momentum[i] for i in sent]
         if not (self.nesterov and sent):
             return momentum
-        return torch._foreach_lerp([grads[i] for i in sent], momentum, self.beta)
+        grads = [wide(grads[i]) for i in sent]
+        return torch._foreach_lerp(grads, [wide(m) for m in momentum], self.beta)
 
     def _update(
         self,
@@ -195,14 +233,15 @@ class Muon:
         """Orthogonalise and apply matrices that lie whole on this rank."""
 
         def direction(slot: _Slot) -> Tensor:
-            average = _views(slot, momentum)
-            return torch.lerp(_views(slot, grads), average, self.beta) if self.nesterov else average
+            average = wide(_views(slot, momentum))
+            return torch.lerp(wide(_views(slot, grads)), average, self.beta) if self.nesterov else average
 
         for batch in batches:
             update = self.orthogonalize(_stack(batch, direction), self.steps, True)
             for slot in batch.slots:
                 view = _views(slot, weights)
-                view.add_(_part(slot, update).view(view.shape), alpha=self._rate(slot.index, lr))
+                update_view = _part(slot, update).view(view.shape)
+                self._apply(slot.index, weights[slot.index], view, update_view, lr)
 
     def _orthogonalize(self, owned: list[Tensor]) -> list[Tensor]:
         """Orthogonalise the matrices of tensors in place."""

@@ -8,15 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megatron_nucleus.core.optimizer import param_groups
+from megatron_nucleus.core.optimizer import param_groups, shards
 from megatron_nucleus.core.optimizer.adamw import ADAMW_BACKENDS, AdamW, AdamWParam
+from megatron_nucleus.core.optimizer.clip import ClipOps, resolve_clip
 from megatron_nucleus.core.optimizer.muon import Muon, MuonParam, arithmetic
-from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, ROUTER, Rule, matrices
+from megatron_nucleus.core.optimizer.param_groups import FP32_GROUPS, NO_SPLIT, ROUTER, Rule, matrices
+from megatron_nucleus.core.optimizer.rounding import Rounding
 from megatron_nucleus.core.optimizer.router_orthogonality import RouterOrthogonality
 from megatron_nucleus.ops import registry
 from megatron_nucleus.ops.orthogonalize import orthogonalize
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
+
+STORED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,19 @@ class OptimizerConfig:
     )
     orthogonalize_backend: str = knob(
         "auto", "Newton-Schulz of Muon: a name that tools/doctor.py lists, or auto"
+    )
+    master_weights: str = knob(
+        "fp32",
+        "dtype of weights and gradients; bf16 halves them, rounds updates stochastically and needs --bf16",
+        choices=tuple(STORED_DTYPES),
+    )
+    state_dtype: str = knob(
+        "fp32",
+        "dtype of Muon's momentum and AdamW's averages; bf16 halves them, rounded stochastically",
+        choices=tuple(STORED_DTYPES),
+    )
+    grad_norm_backend: str = knob(
+        "auto", "gradient norm and clipping: a name that tools/doctor.py lists, or auto"
     )
     adamw_backend: str = knob("torch", "fused kernel of AdamW", choices=("torch", *ADAMW_BACKENDS))
     # Betas, eps, weight decay and clipping are unknown: Moonlight's betas and decay, Megatron's clipping.
@@ -91,10 +108,14 @@ class Optimizer:
         orthogonality: RouterOrthogonality | None,
         rules: dict[str, Rule],
         params: dict[str, nn.Parameter],
+        rounding: Rounding,
+        clip_ops: ClipOps,
     ):
         self.muon, self.adamw, self.orthogonality = muon, adamw, orthogonality
         self.rules = rules
         self.params = params
+        self.rounding = rounding
+        self.clip_ops = clip_ops
 
     def step(self, lr: float) -> None:
         """Apply one update. lr: learning rate of this step, before the groups' factors.
@@ -108,6 +129,8 @@ class Optimizer:
                 f"optimizer: parameter '{missing[0]}' has no gradient ({len(missing)} in all); freeze it "
                 "with requires_grad_(False) before the optimizer is built, or use it in the loss"
             )
+        self.rounding.updates = self.adamw.steps
+        self.adamw.follow()
         if self.orthogonality is not None:
             self.orthogonality.start()  # the rows travel while Muon works
         self.muon.start(lr)
@@ -156,56 +179,103 @@ class Optimizer:
         return list(rows.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, seed: int = 0) -> Optimizer:
     """Assign every trainable parameter to its row of the table and create the state.
 
     Sharded parameters (DTensor) must be sharded before. Every rank of their mesh then builds the optimizer and
     takes each step together with the others.
 
-    Parameters are kept in fp32 (fp64 in tests); lower precision belongs into the forward pass, because an
-    update of relative size lr is lost in a bf16 weight.
+    Parameters are fp32 (fp64 in tests), or, with ``master_weights: bf16``, all of them bf16: FSDP takes one dtype only
+    for what it gathers at once. Rounding to nearest would lose an update of relative size lr in a bf16 weight, so
+    weights are rounded stochastically. Of the few values of `FP32_GROUPS` the optimizer keeps fp32 copies.
+
+    Args:
+        seed: of the stochastic rounding.
 
     Raises:
-        ConfigError: a parameter that no row knows, one that is not fp32, or a matrix that is cut into something
-            else than blocks of rows.
+        ConfigError: a parameter that no row knows, one of another dtype or place than the configuration needs, or a
+            matrix that is cut into something else than blocks of rows.
     """
     factors = param_groups.parse_lr_factors(config.lr_factors)
+    narrow = config.master_weights == "bf16"
     muon, adamw, rules, params = [], [], {}, {}
     for name, param, rule in param_groups.assign(model):
-        if param.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                f"optimizer: parameter '{name}' is {param.dtype}; keep parameters in float32 and compute "
-                "in lower precision through autocast"
-            )
+        _check_stored(name, param, config)
         rules[name], params[name] = rule, param
         factor = factors.get(rule.group, 1.0)
         decay = config.weight_decay if rule.decay else 0.0
         if config.optimizer == "muon" and rule.split != NO_SPLIT:
             muon.append(MuonParam(name, param, rule.split, factor, decay))
         else:
-            adamw.append(AdamWParam(name, param, factor, decay))
+            adamw.append(AdamWParam(name, param, factor, decay, narrow and rule.group in FP32_GROUPS))
     dtype = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[config.muon_dtype]
-    return Optimizer(
-        Muon(
-            muon,
-            momentum=config.muon_momentum,
-            nesterov=config.muon_use_nesterov,
-            steps=config.muon_num_ns_steps,
-            scale=config.muon_extra_scale_factor,
-            dtype=dtype,
-            orthogonalize=_resolve_orthogonalize(config, muon, dtype),
-        ),
-        AdamW(
-            adamw,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_eps,
-            backend=config.adamw_backend,
-        ),
-        _build_orthogonality(config, factors.get(ROUTER, 1.0), rules, params),
-        rules,
-        params,
+    state_dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
+    rounding = _resolve_rounding(config, params, seed)
+    averages = AdamW(
+        adamw,
+        beta1=config.adam_beta1,
+        beta2=config.adam_beta2,
+        eps=config.adam_eps,
+        backend=config.adamw_backend,
+        state_dtype=state_dtype,
+        rounding=rounding,
     )
+    momentum = Muon(
+        muon,
+        momentum=config.muon_momentum,
+        nesterov=config.muon_use_nesterov,
+        steps=config.muon_num_ns_steps,
+        scale=config.muon_extra_scale_factor,
+        dtype=dtype,
+        state_dtype=state_dtype,
+        orthogonalize=_resolve_orthogonalize(config, muon, dtype),
+        rounding=rounding,
+    )
+    routers = {
+        name: averages.masters.get(name, params[name]) for name, r in rules.items() if r.group == ROUTER
+    }
+    orthogonality = _build_orthogonality(config, factors.get(ROUTER, 1.0), routers)
+    clip_ops = resolve_clip(config.grad_norm_backend, params.values())
+    return Optimizer(momentum, averages, orthogonality, rules, params, rounding, clip_ops)
+
+
+def _check_stored(name: str, param: nn.Parameter, config: OptimizerConfig) -> None:
+    """Whether a parameter can be trained as ``master_weights`` and ``state_dtype`` say; else ConfigError."""
+    narrow = config.master_weights == "bf16"
+    if narrow and param.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"optimizer.master_weights bf16: parameter '{name}' is {param.dtype}, not torch.bfloat16; convert the "
+            "model first, or choose fp32"
+        )
+    if not narrow and param.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(
+            f"optimizer: parameter '{name}' is {param.dtype}; keep parameters in float32 and compute in lower "
+            "precision through autocast, or, for bfloat16, choose --master-weights bf16"
+        )
+    if not narrow and config.state_dtype == "fp32":
+        return
+    what = "master_weights" if narrow else "state_dtype"
+    if param.dtype == torch.float64:
+        raise ConfigError(
+            f"optimizer.{what} bf16: parameter '{name}' is torch.float64; convert it, or choose fp32"
+        )
+    if param.is_meta:
+        raise ConfigError(
+            f"optimizer.{what} bf16: parameter '{name}' is on the meta device; materialise it first"
+        )
+    if not shards.in_blocks_of_rows(param):
+        raise ConfigError(
+            f"optimizer.{what} bf16: parameter '{name}' is not stored row by row, or cut along another axis than the "
+            "first; choose fp32"
+        )
+
+
+def _resolve_rounding(config: OptimizerConfig, params: dict[str, nn.Parameter], seed: int) -> Rounding:
+    """With the best backend for where the parameters are, if anything is to be rounded."""
+    if not params or "bf16" not in (config.master_weights, config.state_dtype):
+        return Rounding(seed)
+    device_type = next(iter(params.values())).device.type
+    return Rounding(seed, registry.resolve("stochastic_round", device_type=device_type, dtype=torch.float32))
 
 
 def _resolve_orthogonalize(
@@ -224,10 +294,9 @@ def _resolve_orthogonalize(
 
 
 def _build_orthogonality(
-    config: OptimizerConfig, lr_factor: float, rules: dict[str, Rule], params: dict[str, nn.Parameter]
+    config: OptimizerConfig, lr_factor: float, routers: dict[str, Tensor]
 ) -> RouterOrthogonality | None:
     """None where nothing is to be done: no coefficient, no routers, or routers whose learning rate is 0."""
-    routers = {name: params[name] for name, rule in rules.items() if rule.group == ROUTER}
     coefficient = config.router_orthogonality * lr_factor
     if not (routers and coefficient and config.lr):
         return None

@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_nucleus.core.optimizer import shards
 from megatron_nucleus.core.optimizer.exchange import rows_of_block
@@ -46,6 +46,7 @@ class RouterOrthogonality:
 
     Args:
         routers: by name, [experts, features] each and all alike, fp32 or fp64; whole, or DTensors cut into rows.
+            Of bf16 parameters the fp32 copies that the optimizer keeps.
         coefficient: above 0.
         peak_lr: learning rate at which eta is 1, above 0.
 
@@ -53,7 +54,7 @@ class RouterOrthogonality:
         ConfigError: routers of different shapes, or one that is not cut into blocks of rows.
     """
 
-    def __init__(self, routers: dict[str, nn.Parameter], coefficient: float, peak_lr: float):
+    def __init__(self, routers: dict[str, Tensor], coefficient: float, peak_lr: float):
         self.coefficient, self.peak_lr = coefficient, peak_lr
         self.routers = list(routers.values())
         self._blocks = _common_blocks(routers)
@@ -128,7 +129,7 @@ def penalty_gradient(rows_REF: Tensor, first: int, count: int) -> Tensor:
     return (cosine_RoE @ unit_REF).addcmul_(along, unit_REF[:, own], value=-1).mul_(2 * inverse[:, own])
 
 
-def _common_blocks(routers: dict[str, nn.Parameter]) -> _Blocks:
+def _common_blocks(routers: dict[str, Tensor]) -> _Blocks:
     (first_name, first), *_ = routers.items()
     for name, router in routers.items():
         if (router.shape, _spread(router)) != (first.shape, _spread(first)):

@@ -19,6 +19,28 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [own_part(t) for t in tensors]
 
 
+def first_value(tensor: Tensor) -> int:
+    """Position, in the whole tensor laid out row by row, of the first value that this rank holds.
+
+    Those that follow are neighbours there, too: ranks hold blocks of rows.
+    """
+    if not is_sharded(tensor) or not own_part(tensor).numel():
+        return 0
+    # Imported here: the module takes half a second, which a single process need not pay.
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    where = (tensor.shape, tensor.device_mesh, tensor.placements)
+    _, offset = compute_local_shape_and_global_offset(*where)
+    return offset[0] * math.prod(tensor.shape[1:])
+
+
+def in_blocks_of_rows(tensor: Tensor) -> bool:
+    """Whether this rank's part is whole neighbouring rows, in memory as in the whole tensor."""
+    if not own_part(tensor).is_contiguous():
+        return False
+    return not is_sharded(tensor) or all(p.is_replicate() or p.dim == 0 for p in tensor.placements)
+
+
 def copies(tensor: Tensor) -> int:
     """How many ranks hold the very values that this rank holds of ``tensor``."""
     if not is_sharded(tensor):

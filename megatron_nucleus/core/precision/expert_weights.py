@@ -45,7 +45,7 @@ class Float8Experts(nn.Module):
     def weights(self, name: str, experts: slice, dtype: torch.dtype) -> Tensor:
         """``gate_up`` or ``down`` of some experts, unpacked."""
         values = getattr(self, name)[experts].view(fp8.E4M3)
-        return values.to(dtype) * getattr(self, f"{name}_scale")[experts].to(dtype)
+        return values.to(dtype).mul_(getattr(self, f"{name}_scale")[experts].to(dtype))
 
     def _compute(self, rows_END: Tensor) -> Tensor:
         matrices = self.gate_up[0].numel() + self.down[0].numel()

@@ -65,7 +65,7 @@ BACKENDS = {
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """FP8 matrix products in training. Weights, gradients and optimizer stay fp32."""
+    """FP8 matrix products in training. Weights, gradients and optimizer stay as they are without."""
 
     fp8: str = knob(
         "none",
@@ -88,12 +88,14 @@ def apply_precision(
     bf16: bool,
     recomputes: bool = False,
     compiles: bool = False,
+    expert_ffn_backend: str = "auto",
 ) -> NucleusTransformer:
     """Rewrite ``model`` in place; before `parallelize`, on any device, also on meta.
 
     Args:
         device_type: where it will run. bf16: whether it will compute in bfloat16 (autocast).
         recomputes, compiles: whether activations will be recomputed in the backward pass, and blocks compiled.
+        expert_ffn_backend: what the run asked for; only ``auto`` gives way to experts in FP8.
 
     Raises:
         ConfigError: library, recipe and layers do not fit each other, this machine or the model's widths; the message
@@ -102,9 +104,19 @@ def apply_precision(
     if config.fp8 == "none":
         if config.fp8_recipe is not None:
             raise ConfigError(f"--fp8-recipe {config.fp8_recipe}: needs --fp8, one of {', '.join(BACKENDS)}")
+        if config.fp8_layers != tuple(LAYERS):
+            raise ConfigError(
+                f"--fp8-layers {' '.join(config.fp8_layers)}: needs --fp8, one of {', '.join(BACKENDS)}"
+            )
         return model
     _check_choice(config)
-    _check_run(config, device_type, bf16, recomputes, compiles)
+    if "experts" in config.fp8_layers and expert_ffn_backend != "auto":
+        raise ConfigError(
+            f"--expert-ffn-backend {expert_ffn_backend}: --fp8 {config.fp8} multiplies the experts itself; leave one "
+            f"of them out ({_without_experts()})"
+        )
+    _check_library(config, device_type)
+    _check_run(config, bf16, recomputes, compiles)
     _check_widths(model, config)
     module = _module(config.fp8)
     chosen = frozenset(name for name, _ in _linears(model, config.fp8_layers))
@@ -117,6 +129,23 @@ def apply_precision(
                 experts = block.moe.experts
                 experts.kernels = dataclasses.replace(experts.kernels, expert_ffn=expert_ffn)
     return model
+
+
+def check_settings(
+    model: NucleusTransformer,
+    config: PrecisionConfig,
+    *,
+    bf16: bool,
+    recomputes: bool = False,
+    compiles: bool = False,
+) -> None:
+    """What `apply_precision` checks without the library, for a run on another machine; same arguments and errors."""
+    if config.fp8 == "none":
+        apply_precision(model, config, device_type="meta", bf16=bf16)
+        return
+    _check_choice(config)
+    _check_run(config, bf16, recomputes, compiles)
+    _check_widths(model, config)
 
 
 def why_unavailable(
@@ -160,18 +189,23 @@ def _check_choice(config: PrecisionConfig) -> None:
         raise ConfigError(
             f"--fp8-layers experts: --fp8 {config.fp8} multiplies experts by "
             f"{' or '.join(backend.expert_recipes) or 'no recipe'}, not by {config.fp8_recipe}. Leave them out "
-            f"(--fp8-layers {' '.join(layer for layer in LAYERS if layer != 'experts')}) or use "
+            f"({_without_experts()}) or use "
             f"{' or '.join(f'--fp8 {o} --fp8-recipe {BACKENDS[o].expert_recipes[0]}' for o in others)}"
         )
 
 
-def _check_run(
-    config: PrecisionConfig, device_type: str, bf16: bool, recomputes: bool, compiles: bool
-) -> None:
+def _without_experts() -> str:
+    return f"--fp8-layers {' '.join(layer for layer in LAYERS if layer != 'experts')}"
+
+
+def _check_library(config: PrecisionConfig, device_type: str) -> None:
     reason = why_unavailable(config.fp8, device_type, config.fp8_recipe, "experts" in config.fp8_layers)
     if reason is not None:
         usable = [n for n in BACKENDS if why_unavailable(n, device_type) is None]
         raise ConfigError(f"--fp8 {config.fp8} {reason}. Usable here: {', '.join(usable)}.")
+
+
+def _check_run(config: PrecisionConfig, bf16: bool, recomputes: bool, compiles: bool) -> None:
     if config.fp8 != "emulated" and not bf16:
         raise ConfigError(
             f"--fp8 {config.fp8}: its products come out in bfloat16; add --bf16, or use --fp8 emulated"
@@ -189,19 +223,21 @@ def _check_run(
 
 
 def _check_widths(model: NucleusTransformer, config: PrecisionConfig) -> None:
-    """Every layer that is to be multiplied in FP8 has widths that the recipe can take."""
+    """Every layer that is to be multiplied in FP8 exists and has widths that the recipe can take.
+
+    A model need not have all kinds of layers; one that is named and not there is an error.
+    """
+    absent = [layer for layer in config.fp8_layers if next(_matrices(model, (layer,)), None) is None]
+    if absent and (set(config.fp8_layers) != set(LAYERS) or len(absent) == len(LAYERS)):
+        raise ConfigError(f"--fp8-layers {' '.join(absent)}: the model has no such layers; leave them out")
     unit, reason = _UNITS[config.fp8_recipe]
-    found = False
     for name, matrices in _matrices(model, config.fp8_layers):
-        found = True
         for what, width in matrices:
             if width % unit:
                 raise ConfigError(
                     f"--fp8-recipe {config.fp8_recipe}: {name} has {width} {what}, no multiple of {unit} ({reason}). "
                     f"{_instead(model, config, width)}"
                 )
-    if not found:
-        raise ConfigError(f"--fp8-layers {' '.join(config.fp8_layers)}: the model has no such layers")
 
 
 def _instead(model: NucleusTransformer, config: PrecisionConfig, width: int) -> str:

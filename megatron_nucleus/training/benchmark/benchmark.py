@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from megatron_nucleus.core.flow import velocity_target
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape
-from megatron_nucleus.core.moe.router import capacity
 from megatron_nucleus.core.optimizer.clip import clip_gradients
 from megatron_nucleus.core.optimizer.optimizer import Optimizer, OptimizerConfig, build_optimizer
 from megatron_nucleus.core.parallel_state import DENSE_AXES, EXPERT_AXES, ParallelState
@@ -26,8 +25,11 @@ from megatron_nucleus.core.parallelize import expert_bytes_exchanged
 from megatron_nucleus.export.hf_keys import count_parameters
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.benchmark.breakdown import Step, draw_noise, time_breakdown
-from megatron_nucleus.training.benchmark.compare import compare, diffusers_parts
+from megatron_nucleus.training.benchmark.compare import compare, diffusers_parts, settings
 from megatron_nucleus.training.benchmark.parts import Timed, Workload, call_ours, interleave, largest
+from megatron_nucleus.training.planning.ledger import MicroBatch
+from megatron_nucleus.training.planning.memory import Work
+from megatron_nucleus.training.planning.traffic import all_to_all_bytes
 from megatron_nucleus.utils import rng
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
@@ -36,13 +38,27 @@ from megatron_nucleus.utils.tensors import local
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig:
-    """What is timed."""
+class InputConfig:
+    """The random inputs of a step."""
 
     grid: tuple[int, ...] | None = knob(
         None, "image tokens, rows and columns; None = resolution_px through codec and patch", unit="tokens"
     )
     text_tokens: int = knob(32, "text tokens per image, none of them padding", unit="tokens")
+
+    def __post_init__(self) -> None:
+        if self.text_tokens < 1:
+            raise ConfigError(f"--text-tokens {self.text_tokens}: must be at least 1")
+        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+            raise ConfigError(
+                f"--grid {' '.join(map(str, self.grid))}: expected two positive numbers of tokens"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig(InputConfig):
+    """What is timed."""
+
     steps: int = knob(10, "timed repetitions of every part", unit="steps")
     warmup: int = knob(2, "repetitions before the timed ones", unit="steps")
     forward_only: bool = knob(False, "time inference: the step is a forward pass without gradients")
@@ -63,15 +79,12 @@ class BenchConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("text_tokens", 1), ("steps", 1), ("warmup", 0)):
+        super().__post_init__()
+        for name, least in (("steps", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}"
                 )
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ConfigError(
-                f"--grid {' '.join(map(str, self.grid))}: expected two positive numbers of tokens"
-            )
         for name in ("compare_compile", "compare_checkpointing"):
             if getattr(self, name) and not self.compare:
                 raise ConfigError(f"--{name.replace('_', '-')}: needs --compare diffusers")
@@ -101,7 +114,7 @@ class BenchConfig:
 
 def make_workload(
     shape: ModelShape,
-    bench: BenchConfig,
+    inputs: InputConfig,
     grid: tuple[int, int],
     *,
     micro_batch_size: int,
@@ -109,17 +122,18 @@ def make_workload(
     bf16: bool,
     device: torch.device,
 ) -> Workload:
-    """Random inputs of one micro-batch of a rank, on ``device``."""
+    """Random inputs of one micro-batch of a rank, on ``device``: fp32, in a comparison the weights' dtype."""
     generator = torch.Generator().manual_seed(0)
     B, S = micro_batch_size, grid[0] * grid[1]
-    dtype = torch.bfloat16 if bf16 and bench.compare else torch.float32
+    compares = isinstance(inputs, BenchConfig) and inputs.compare is not None
+    dtype = torch.bfloat16 if bf16 and compares else torch.float32
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
 
     clean, noise = normal(B, S, shape.patch_channels), normal(B, S, shape.patch_channels)
     sigma = torch.rand(B, generator=generator).to(device, dtype)
-    text = normal(B, bench.text_tokens, shape.text_dim)
+    text = normal(B, inputs.text_tokens, shape.text_dim)
     return Workload(noise, sigma, text, velocity_target(clean, noise), grid, accumulation, bf16)
 
 
@@ -138,7 +152,8 @@ def run_benchmark(
 
     Every rank calls this and gets the same figures: seconds of the slowest rank in each repetition; samples and
     ``model_flops_per_step`` of all ranks together; ``mfu`` and ``model_tflops`` per device; memory and bytes of
-    the rank that has the most.
+    the rank that has the most. ``step_s`` adds up the medians of the step's parts, each timed by itself from an idle
+    device to an idle device; ``breakdown`` is of whole steps, data included.
 
     Args:
         model: on its device, spread over the ranks of ``parallel``; its zero-initialised weights are randomised,
@@ -158,6 +173,8 @@ def run_benchmark(
         model.to(torch.bfloat16)
     optimizer = build_optimizer(model, optimizer_config) if bench.with_optimizer else None
     parts, counts = _parts_of_step(model, bench, optimizer, optimizer_config.clip_grad, work, parallel)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of a step, not of how the model was made
     sent: dict[str, int] = {}  # by each part's last run
 
     def note_bytes(part: str) -> None:
@@ -166,20 +183,14 @@ def run_benchmark(
     measure = functools.partial(
         interleave, warmup=bench.warmup, device=device, control=parallel.control, after=note_bytes
     )
-    if not bench.compare:
-        times = measure(parts, bench.steps)
-        memory = peak_memory_bytes(device)
-    else:
+    theirs, refused = {}, {}
+    if bench.compare:
         measure(parts, 1)
         memory = peak_memory_bytes(device)  # ours alone: theirs is not built yet
-        theirs, refused = diffusers_parts(
-            model,
-            work,
-            bench.forward_only,
-            compiled=bench.compare_compile,
-            checkpointing=bench.compare_checkpointing,
-        )
-        times = measure(parts | theirs, bench.steps)
+        ways = {"compiled": bench.compare_compile, "checkpointing": bench.compare_checkpointing}
+        theirs, refused = diffusers_parts(model, work, bench.forward_only, **ways)
+    times = measure(parts | theirs, bench.steps)
+    memory = memory if bench.compare else peak_memory_bytes(device)
     step_s = sum(count * times[part].median_s for part, count in counts.items())
     step_bytes = sum(count * sent[part] for part, count in counts.items())
     result = _figures(model.shape, bench, work, step_s, peak_flops, parallel.world)
@@ -187,18 +198,14 @@ def run_benchmark(
     result["peak_memory_bytes"] = int(largest([memory], parallel.control)[0])
     result |= {part: dataclasses.asdict(times[part]) for part in parts}
     if bench.with_breakdown:
-        step = Step(
-            Timed(model, functools.partial(call_ours, model, work), work),
-            optimizer,
-            optimizer_config.clip_grad,
-            data or draw_noise(work, model),
-            dist.group.WORLD if parallel.world > 1 else None,
-            compiled=compiled,
-        )
+        clip, group = optimizer_config.clip_grad, dist.group.WORLD if parallel.world > 1 else None
+        timed = Timed(model, functools.partial(call_ours, model, work), work)
+        step = Step(timed, optimizer, clip, data or draw_noise(work, model), group, compiled=compiled)
         inside = time_breakdown(step, bench.steps, bench.warmup, device, parallel.control)
         result["breakdown"] = {name: dataclasses.asdict(s) for name, s in inside.items()}
     if bench.compare:
-        result["compare"] = compare(times, bench.main_part, work.accumulation) | {"refused": refused}
+        result["compare"] = compare(times, bench.main_part, work.accumulation)
+        result["compare"] |= {"refused": refused, "settings": settings(work, **ways)}
     return result
 
 
@@ -212,15 +219,16 @@ def _parts_of_step(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
     """(what to time, by name; how often one step does it).
 
-    ``accumulation``: over several ranks, a micro-batch before the last. Copies of weights then exchange nothing.
+    ``accumulation``: one of all micro-batches but one, whose gradients are added to those that are there, and after
+    which copies of weights exchange nothing. A comparison is of fresh gradients alone, on both sides.
     """
     timed = Timed(model, functools.partial(call_ours, model, work), work)
     parts: dict[str, Callable[[], object]] = {"forward": timed.forward}
     counts = {bench.main_part: work.accumulation}
     if bench.forward_only:
         return parts, counts
-    if parallel.world > 1 and work.accumulation > 1:
-        parts["accumulation"] = functools.partial(timed.forward_backward, last=False)
+    if work.accumulation > 1 and not bench.compare:
+        parts["accumulation"] = functools.partial(timed.forward_backward, first=False, last=False)
         counts = {"accumulation": work.accumulation - 1, "forward_backward": 1}
     parts["forward_backward"] = timed.forward_backward
     if optimizer is not None:
@@ -231,7 +239,7 @@ def _parts_of_step(
 
 
 def _clip_and_step(optimizer: Optimizer, clip_grad: float, group: dist.ProcessGroup | None) -> None:
-    clip_gradients(optimizer.params.values(), clip_grad, group)
+    clip_gradients(optimizer.params.values(), clip_grad, group, optimizer.clip_ops)
     optimizer.step(1e-6)
 
 
@@ -277,6 +285,8 @@ def _communication(
     if optimizer is not None:
         traffic = optimizer.muon.traffic()
         muon_bytes = dict(zip(traffic, map(int, largest(list(traffic.values()), control)), strict=True))
+    batch = MicroBatch(work.latents_BSP.shape[0], work.grid[0] * work.grid[1], bench.text_tokens)
+    planned = all_to_all_bytes(Work(shape, layout, batch, work.accumulation, work.bf16))
     return {
         "ranks": parallel.world,
         "expert_model_parallel_size": layout.ep,
@@ -284,24 +294,9 @@ def _communication(
         "dense_grid": {axis: getattr(layout, axis) for axis in DENSE_AXES},
         "expert_grid": {axis: getattr(layout, axis) for axis in EXPERT_AXES},
         "all_to_all_bytes_per_rank_per_step": int(largest([step_bytes], control)[0]),
-        "all_to_all_bytes_theory": all_to_all_bytes(shape, work, layout.ep, training=not bench.forward_only),
+        "all_to_all_bytes_theory": planned // (2 if bench.forward_only else 1),
         "muon_bytes_per_rank_per_step": muon_bytes,
     }
-
-
-def all_to_all_bytes(shape: ModelShape, work: Workload, ep: int, training: bool) -> int:
-    """Bytes that each rank hands to the all-to-alls of a step, the 1/ep that stays with it included.
-
-    Tokens go to their experts and back: two exchanges per MoE layer and micro-batch, and two more for the
-    gradients when ``training``. Each moves E*B*C*D values, in the dtype of the computation.
-    """
-    if ep == 1:
-        return 0
-    B, S, E = work.latents_BSP.shape[0], work.grid[0] * work.grid[1], shape.num_experts
-    layers = [layer for layer in range(shape.num_layers) if shape.is_moe(layer)]
-    rows = sum(E * B * capacity(shape.capacity_factors[layer], S, E) for layer in layers)
-    exchanges = (4 if training else 2) * work.accumulation
-    return exchanges * rows * shape.width * (2 if work.bf16 else 4)
 
 
 @torch.no_grad()

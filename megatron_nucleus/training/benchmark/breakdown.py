@@ -9,20 +9,27 @@ import torch
 import torch.distributed as dist
 
 from megatron_nucleus.core import flow
+from megatron_nucleus.core.collectives import gather_rows
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.optimizer.clip import clip_gradients
 from megatron_nucleus.core.optimizer.optimizer import Optimizer
-from megatron_nucleus.training.benchmark.parts import Spread, Timed, Workload, largest, spread
+from megatron_nucleus.training.benchmark.parts import Spread, Timed, Workload, spread
+from megatron_nucleus.training.benchmark.roofline import synchronize
 from megatron_nucleus.training.profiling.clock import Clock
 from megatron_nucleus.training.profiling.regions import REGIONS, STEP_PARTS, Sink, named_regions, region
+from megatron_nucleus.utils.upload import upload
 
 # Sent to and fro: `dispatch` and `combine` together, forward and backward.
 EXCHANGE = "dispatch_combine"
 _EXCHANGING = ("dispatch", "combine")
+# Of the whole step: what is in none of `STEP_PARTS`, such as dropping the old gradients.
+OTHER = "other"
 
 
 class Step:
     """One optimizer step on random inputs: ``accumulation`` times data, forward and backward, then the optimizer.
+
+    Gradients of the first micro-batch are fresh, those of the others are added, as in training.
 
     Args:
         timed: the model and its micro-batch.
@@ -50,11 +57,13 @@ class Step:
         for number in range(accumulation):
             with region(sink, "data"):
                 self.data()
-            self.timed.forward_backward(last=number == accumulation - 1, sink=sink)
+            self.timed.forward_backward(number == 0, number == accumulation - 1, sink)
         if self.optimizer is not None:
             # Clipping belongs to it, as in the timed parts.
             with region(sink, "optimizer"):
-                clip_gradients(self.optimizer.params.values(), self.clip_grad, self.group)
+                clip_gradients(
+                    self.optimizer.params.values(), self.clip_grad, self.group, self.optimizer.clip_ops
+                )
                 self.optimizer.step(1e-6)
 
     @contextlib.contextmanager
@@ -76,7 +85,7 @@ def draw_noise(work: Workload, model: NucleusTransformer) -> Callable[[], object
     def data() -> list[torch.Tensor]:
         noise_BSP = flow.sample_noise(0, draws, (S, model.shape.patch_channels))
         sigma_B = flow.sample_sigma(levels, 0, draws, S)
-        return [t.to(device, non_blocking=True) for t in (*host, noise_BSP, sigma_B)]
+        return [upload(t, device) for t in (*host, noise_BSP, sigma_B)]
 
     return data
 
@@ -84,34 +93,48 @@ def draw_noise(work: Workload, model: NucleusTransformer) -> Callable[[], object
 def time_breakdown(
     step: Step, repeats: int, warmup: int, device: torch.device, control: dist.ProcessGroup | None
 ) -> dict[str, Spread]:
-    """Seconds of a step's parts: ``step``, its `STEP_PARTS`, and of what is inside of these `REGIONS` and `EXCHANGE`.
+    """Seconds of ``step`` from its first line to its last, of its `STEP_PARTS` and `OTHER`, and of what is inside of
+    these, `REGIONS` and `EXCHANGE`.
 
-    The parts of a step add up to it, in every repetition. A region's seconds are its own, forward and backward, in
-    all layers, without those of regions inside of it; with recomputation the second forward pass is in them. Of
-    several ranks each figure is that of the rank which took longest for it.
+    In every repetition parts and `OTHER` add up to the step; their medians need not. A region's seconds are its own,
+    forward and backward, in all layers, without those of regions inside of it; with recomputation the second forward
+    pass is in them. Rows that travel beside other work are in dispatch and combine as far as that work waits for them.
+    Of several ranks all figures of a repetition are those of the rank whose step took longest.
     """
-    seconds: dict[str, list[float]] = {}
+    rows: list[dict[str, float]] = []
     clock = Clock(device)
     with step.named(clock):
         for number in range(warmup + repeats):
+            synchronize(device)
             if control is not None:
                 dist.barrier(control)
-            step(clock)
+            with region(clock, "step"):
+                step(clock)
             own = clock.take()
             if number >= warmup:
-                for name, value in sums(own).items():
-                    seconds.setdefault(name, []).append(value)
-    return {name: spread(largest(values, control)) for name, values in seconds.items()}
+                rows.append(sums(own))
+    seconds = of_slowest(rows, control)
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def of_slowest(rows: list[dict[str, float]], control: dist.ProcessGroup | None) -> dict[str, list[float]]:
+    """`sums` of each repetition on this rank -> seconds by name, each repetition's of the slowest rank."""
+    names = list(rows[0])
+    mine = torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
+    ranks_RNM = gather_rows(mine.flatten(), control).view(-1, *mine.shape)
+    slowest_N = ranks_RNM[:, :, names.index("step")].argmax(0)
+    chosen_NM = ranks_RNM[slowest_N, torch.arange(len(rows))]
+    return {name: chosen_NM[:, i].tolist() for i, name in enumerate(names)}
 
 
 def sums(own: dict[tuple[str, ...], float]) -> dict[str, float]:
-    """`Clock.take` -> seconds by name, as `time_breakdown` describes them; parts and regions that never ran are 0."""
-    out = dict.fromkeys(("step", *STEP_PARTS, EXCHANGE, *REGIONS), 0.0)
-    for path, value in own.items():
+    """`Clock.take` of one ``step`` -> seconds by name, as `time_breakdown` describes them; what never ran is 0."""
+    out = dict.fromkeys(("step", *STEP_PARTS, OTHER, EXCHANGE, *REGIONS), 0.0)
+    for (_, *inside), value in own.items():
         out["step"] += value
-        out[path[0]] += value
-        if len(path) > 1:
-            out[path[-1]] += value
-            if path[-1] in _EXCHANGING:
+        out[inside[0] if inside else OTHER] += value
+        if len(inside) > 1:
+            out[inside[-1]] += value
+            if inside[-1] in _EXCHANGING:
                 out[EXCHANGE] += value
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -129,6 +130,17 @@ def diffusers_parts(
         if not forward_only:
             parts[f"theirs/{variant}/forward_backward"] = timed.forward_backward
     return parts, refused
+
+
+def settings(work: Workload, *, compiled: bool, checkpointing: bool) -> dict:
+    """How diffusers' module was run beside the expert paths of `compare`, for the record."""
+    return {
+        "version": importlib.metadata.version("diffusers"),
+        "compiled_too": compiled,
+        "checkpointing": checkpointing,
+        "weights_dtype": str(work.latents_BSP.dtype).removeprefix("torch."),
+        "attention": "its default, scaled_dot_product_attention",
+    }
 
 
 def compare(times: dict[str, Spread], main: str, accumulation: int) -> dict:

@@ -186,6 +186,28 @@ def _orthogonalize(d: Dims, b: int) -> Cost:
     return Cost(d.E * NS_STEPS * (4 * r * r * c + 2 * r**3), 2 * d.E * r * c * b, None, None)
 
 
+def _stochastic_round(d: Dims, b: int) -> Cost:
+    values = d.E * d.D * d.F
+    return Cost(values, values * (b + 2), None, None)  # a result has 2 bytes
+
+
+def _weights(d: Dims) -> int:
+    """Values of a layer's routed experts."""
+    return 3 * d.E * d.D * d.F
+
+
+def _square_sum(d: Dims, b: int) -> Cost:
+    return Cost(2 * _weights(d), _weights(d) * b + 8, None, None)
+
+
+def _scale(d: Dims, b: int) -> Cost:
+    return Cost(_weights(d), 2 * _weights(d) * b + 4, None, None)
+
+
+def _gradients(d: Dims, x: Maker) -> tuple[Tensor, Tensor]:
+    return x(d.E, d.D, 2 * d.F).detach(), x(d.E, d.F, d.D).detach()
+
+
 def _kv(d: Dims, x: Maker) -> tuple[Tensor, Tensor]:
     return x(d.B, d.T, d.G, d.K), x(d.B, d.T, d.G, d.K)
 
@@ -206,6 +228,10 @@ CASES: dict[str, Case] = {
         lambda d, x: (x(d.E, d.B * d.C, d.D), x(d.E, d.D, 2 * d.F), x(d.E, d.F, d.D)), _expert_ffn
     ),
     "orthogonalize": Case(lambda d, x: (x(d.E, *sorted((d.D, d.F))).detach(), NS_STEPS), _orthogonalize),
+    "stochastic_round": Case(lambda d, x: (x(d.E * d.D * d.F).detach(), 1, 0), _stochastic_round),
+    "square_sum": Case(_gradients, _square_sum),
+    # -1, so that values that are timed often neither vanish nor grow.
+    "scale_": Case(lambda d, x: (torch.tensor(-1.0, device=x.device), *_gradients(d, x)), _scale),
 }
 
 # name: (preset, capacity factor, images, image tokens, text tokens). A layer of the published model at 1024 px;

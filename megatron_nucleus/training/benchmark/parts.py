@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from megatron_nucleus.core.collectives import gather_rows
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
+from megatron_nucleus.training.benchmark.roofline import synchronize, timed_s
 from megatron_nucleus.training.losses import flow_loss_per_image
 from megatron_nucleus.training.profiling.regions import SILENT, Sink, region
 from megatron_nucleus.types import TextFeatures
@@ -54,17 +55,19 @@ class Timed:
                 module.reshard()
         return velocity_BSP
 
-    def forward_backward(self, last: bool = True, sink: Sink = SILENT) -> None:
-        """Fresh gradients of the velocity MSE in ``module``.
+    def forward_backward(self, first: bool = True, last: bool = True, sink: Sink = SILENT) -> None:
+        """Gradients of the velocity MSE in ``module``.
 
         Args:
-            last: whether it is a step's last micro-batch, of which copies of the weights on other ranks learn.
+            first: whether it is a step's first micro-batch, whose gradients are fresh; those of the others are added.
+            last: whether it is its last one, of which copies of the weights on other ranks learn.
             sink: hears of ``forward`` and ``backward``.
         """
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
-        for p in self.module.parameters():
-            p.grad = None
+        if first:
+            for p in self.module.parameters():
+                p.grad = None
         with region(sink, "forward"):
             with self._precision():
                 velocity_BSP = self.call()
@@ -107,6 +110,7 @@ def interleave(
     device: torch.device,
     control: dist.ProcessGroup | None = None,
     after: Callable[[str], None] = lambda name: None,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Spread]:
     """Run all parts in turn, ``warmup`` rounds untimed and ``repeats`` rounds timed; every other round backwards.
 
@@ -116,17 +120,16 @@ def interleave(
         parts: by name; every rank has the same ones in the same order.
         control: gloo group of all ranks; None for a single process.
         after: called with a part's name behind each run of it, untimed.
+        clock: seconds of one call; None = `roofline.timed_s`, from an idle device to an idle device.
     """
+    clock = clock or functools.partial(timed_s, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     for round_number in range(warmup + repeats):
         for name in list(parts) if round_number % 2 == 0 else reversed(list(parts)):
-            _wait(device)
             if control is not None:
+                synchronize(device)
                 dist.barrier(control)
-            start = time.perf_counter()
-            parts[name]()
-            _wait(device)
-            elapsed_s = time.perf_counter() - start
+            elapsed_s = clock(parts[name])
             after(name)
             if round_number >= warmup:
                 seconds[name].append(elapsed_s)
@@ -136,8 +139,3 @@ def interleave(
 def largest(values: Sequence[float], control: dist.ProcessGroup | None) -> list[float]:
     """Of each value the largest that any rank has, the same on all of them; whole numbers are exact up to 2^53."""
     return gather_rows(torch.tensor(values, dtype=torch.float64), control).amax(0).tolist()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: a large matrix product and a large copy."""
+"""What this machine can do at most, measured: the best of some matrix products, and a large copy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import NamedTuple
 
 import torch
 
-MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}  # own choice: well beyond the size where the rate stops growing
+# Own choice. The largest is not the fastest everywhere: on 2 shared cores of an AMD EPYC one thread reached 102 GFLOP/s
+# at 512, whose three matrices fit into its cache, and 37 at 1024; a GPU may slow down under the power of a large one.
+MATMUL_SIDES = {"cpu": (256, 512, 1024), "cuda": (4096, 8192, 16384)}
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # own choice: far more than any cache holds
 REPEATS = 10
+# Written before an operation on a GPU: many times its L2 cache (50 MB on an H200), and some 0.2 ms of work there, in
+# which the host hands over what is timed. Own choice.
+FLUSH_BYTES = 2**30
 
 
 class Ceilings(NamedTuple):
-    """Best of `REPEATS`: FLOP/s of a square matrix product in ``dtype``, bytes/s read and written by a copy."""
+    """Best of `REPEATS`: FLOP/s of square products of `MATMUL_SIDES`, bytes/s read and written by a copy."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -33,11 +38,15 @@ class Ceilings(NamedTuple):
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Run both now, on the threads that torch has now."""
-    side = MATMUL_SIDE[device]
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.float32).to(dtype).unbind()
+    best = max(matmul_flops_per_s(side, device, dtype) for side in MATMUL_SIDES[device])
+    return Ceilings(best, copy_bytes_per_s(COPY_BYTES[device], device))
+
+
+def matmul_flops_per_s(side: int, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of two square matrices of ``side``."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    matmul_s = best_s(lambda: torch.mm(a, b, out=out), device)
-    return Ceilings(2 * side**3 / matmul_s, copy_bytes_per_s(COPY_BYTES[device], device))
+    return 2 * side**3 / best_s(lambda: torch.mm(a, b, out=out), device)
 
 
 def copy_bytes_per_s(size_bytes: int, device: str) -> float:
@@ -49,20 +58,48 @@ def copy_bytes_per_s(size_bytes: int, device: str) -> float:
 
 def best_s(call: Callable[[], object], device: str, repeats: int = REPEATS) -> float:
     """Shortest of ``repeats`` times behind one that is not counted."""
-    best = float("inf")
-    for number in range(repeats + 1):
-        seconds = timed_s(call, device)
-        if number:
-            best = min(best, seconds)
-    return best
+    clock = OpClock(device)
+    return min([clock(call) for _ in range(repeats + 1)][1:])
 
 
-def timed_s(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+class OpClock:
+    """Seconds of one operation, which may be far shorter than its launch.
+
+    On a GPU: between two events behind a write of `FLUSH_BYTES`. The operation finds nothing of its data in the
+    cache, and the host's time is in the figure only where the host is slower than the write and the operation
+    together. On a CPU: `timed_s`.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.flushed = None
+        if self.device.type == "cuda":
+            self.flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        if self.flushed is None:
+            return timed_s(call, self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(self.device)
+        self.flushed.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def timed_s(call: Callable[[], object], device: torch.device | str) -> float:
+    """Seconds of one call on the host's clock, the device's work included."""
+    synchronize(device)
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for a GPU; nothing on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

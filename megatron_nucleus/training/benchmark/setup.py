@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_nucleus.core.kernels import Kernels, sizes_of
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
-from megatron_nucleus.core.models.presets import ModelShape, resolve_shape
+from megatron_nucleus.core.models.presets import resolve_shape
 from megatron_nucleus.core.parallel_state import ParallelState
 from megatron_nucleus.data.dataset import open_corpus
 from megatron_nucleus.data.features import FeatureExtractor
 from megatron_nucleus.data.loader import build_loader
+from megatron_nucleus.ops import registry
 from megatron_nucleus.training import arguments, flops
-from megatron_nucleus.training.benchmark.benchmark import BenchConfig, make_workload
+from megatron_nucleus.training.benchmark.benchmark import BenchConfig, InputConfig, make_workload
 from megatron_nucleus.training.benchmark.parts import Workload
 from megatron_nucleus.training.initialize import Encoders, build_encoders, build_model, initialize
+from megatron_nucleus.training.planning.images import square_grid
+from megatron_nucleus.training.planning.ledger import MicroBatch
+from megatron_nucleus.training.planning.memory import Work
 from megatron_nucleus.utils import config as cfg
 from megatron_nucleus.utils.config_files import Origins, read_yaml
 from megatron_nucleus.utils.errors import ConfigError
 
 # Without a configuration file: the embedded task's size, which takes seconds on a CPU.
 DEFAULTS = {"data": {"resolution_px": 32}}
-VAE_STRIDE_PX = 8  # of the Qwen-Image VAE, whose spec does not say it
 
 
 class Prepared(NamedTuple):
@@ -56,19 +61,21 @@ def load_run(args: argparse.Namespace, only: type) -> tuple[arguments.RunConfig,
     return run, cfg.from_dict(only, own, flags=vars(args), where=where)
 
 
-def prepare(run: arguments.RunConfig, bench: BenchConfig) -> Prepared:
+def prepare(run: arguments.RunConfig, inputs: InputConfig) -> Prepared:
     """Build the model of ``run`` on this rank and a random micro-batch for it.
 
     Raises:
         ConfigError: settings that do not fit each other or this machine.
     """
+    if isinstance(inputs, BenchConfig) and inputs.compare:
+        _check_fair(run, inputs)
     parallel = initialize(run)
     shape = resolve_shape(run.model)
     micro_batch_size, accumulation = arguments.batch_split(run, parallel.world)
     work = make_workload(
         shape,
-        bench,
-        grid_of(run, bench, shape),
+        inputs,
+        square_grid(run, inputs.grid, shape),
         micro_batch_size=micro_batch_size,
         accumulation=accumulation,
         bf16=run.training.bf16,
@@ -79,17 +86,25 @@ def prepare(run: arguments.RunConfig, bench: BenchConfig) -> Prepared:
     return Prepared(build_model(run, parallel, encoders), work, parallel)
 
 
-def grid_of(run: arguments.RunConfig, bench: BenchConfig, shape: ModelShape) -> tuple[int, int]:
-    """Image tokens: ``--grid``, or the square of ``--resolution-px`` through codec and patch."""
-    if bench.grid is not None:
-        return (bench.grid[0], bench.grid[1])
-    stride_px = run.encoders.codec_spec().get("stride_px", VAE_STRIDE_PX) * shape.patch_size
-    if run.data.resolution_px % stride_px:
-        raise ConfigError(
-            f"--resolution-px {run.data.resolution_px}: must be a multiple of {stride_px} (codec stride x patch size)"
-        )
-    side = run.data.resolution_px // stride_px
-    return (side, side)
+def _check_fair(run: arguments.RunConfig, bench: BenchConfig) -> None:
+    """Refuse a comparison in which one of the two modules does something that the other does not."""
+    unfair = (
+        (
+            run.precision.fp8 != "none",
+            f"the other module does not compute in FP8; leave out --fp8 {run.precision.fp8}",
+        ),
+        (
+            run.parallel.compile_blocks and not bench.compare_compile,
+            "with --compile-blocks the other module needs its blocks compiled, too: add --compare-compile",
+        ),
+        (
+            bench.compare_checkpointing and run.parallel.recompute_granularity == "none",
+            "with --compare-checkpointing ours must recompute, too: add --recompute-granularity full",
+        ),
+    )
+    for found, reason in unfair:
+        if found:
+            raise ConfigError(f"--compare {bench.compare}: {reason}")
 
 
 @contextlib.contextmanager
@@ -121,8 +136,58 @@ def reading_data(run: arguments.RunConfig, parallel: ParallelState) -> Iterator[
         yield lambda: extractor.extract(next(loader))
 
 
-def peak_flops_of(run: arguments.RunConfig, parallel: ParallelState) -> float | None:
-    """FLOP/s of one device that MFU is measured against: the configured ones, or the table's; None = unknown."""
-    dtype = torch.bfloat16 if run.training.bf16 else torch.float32
+def peak_of(run: arguments.RunConfig, parallel: ParallelState) -> tuple[float | None, str | None]:
+    """(FLOP/s of one device that MFU is measured against, whose they are); (None, None) where unknown.
+
+    With FP8 layers it stays the peak of bf16, so that MFU tells what they gain.
+    """
     given = run.training.peak_tflops
-    return given * 1e12 if given else flops.device_peak_flops(parallel.device, dtype)
+    if given:
+        return given * 1e12, "--peak-tflops"
+    dtype, word = (torch.bfloat16, "bf16") if run.training.bf16 else (torch.float32, "fp32")
+    peak = flops.device_peak_flops(parallel.device, dtype)
+    return peak, None if peak is None else f"data sheet, {word} without sparsity"
+
+
+def hardware_flops_of(
+    run: arguments.RunConfig, bench: BenchConfig, work: Workload, parallel: ParallelState
+) -> int:
+    """Products of the timed step (`flops.hardware_flops`): those of the rank that forms most, times the ranks."""
+    images, tokens, _ = work.latents_BSP.shape
+    planned = Work(
+        resolve_shape(run.model),
+        parallel.layout,
+        MicroBatch(images, tokens, bench.text_tokens),
+        work.accumulation,
+        run.training.bf16,
+        run.parallel.recompute_granularity,
+        optimizer=run.optimizer.optimizer,
+        ns_steps=run.optimizer.muon_num_ns_steps,
+        device_type=parallel.device.type,
+    )
+    parts = flops.hardware_flops(planned)
+    left_out = ("backward", "recompute", "optimizer") if bench.forward_only else ("optimizer",)
+    if not bench.with_optimizer:
+        parts = {name: count for name, count in parts.items() if name not in left_out}
+    return parallel.world * sum(parts.values())
+
+
+def backends_of(run: arguments.RunConfig, parallel: ParallelState) -> dict[str, str]:
+    """Which backend runs each operation of the model, by the choice that `build_model` makes."""
+    facts = {
+        "device_type": parallel.device.type,
+        "dtype": torch.bfloat16 if run.training.bf16 else torch.float32,
+        "sizes": sizes_of(resolve_shape(run.model)),
+    }
+    names = [field.name for field in dataclasses.fields(Kernels)]
+    return {
+        name: registry.choose(name, getattr(run.kernels, f"{name}_backend"), **facts).backend
+        for name in names
+    }
+
+
+def dtype_of(run: arguments.RunConfig) -> str:
+    """In what the step computes, as its row names it."""
+    word = "bf16" if run.training.bf16 else "fp32"
+    precision = run.precision
+    return word if precision.fp8 == "none" else f"{word}, {precision.fp8} fp8 {precision.fp8_recipe}"

@@ -52,6 +52,11 @@ log = logging.getLogger(__name__)
 _PARTS = ("model", "optimizer")
 _NEEDED_KEYS = ("format", "step", "samples_seen", "skipped", "optimizer")
 _OWN_KEYS = (*_NEEDED_KEYS, "loss_average")
+# A change of precision would change the run that is resumed; a new one may take over its weights.
+_PRECISION = (
+    " (--master-weights and --state-dtype choose dtypes; to change them, start a new run with --init-from, which "
+    "converts the weights)"
+)
 _GRACE_S = 60.0  # for a pending save when the run ends with an error: its other ranks may be gone
 
 
@@ -385,11 +390,11 @@ def check_stored(step: Path, part: str, tensors: dict[str, Tensor]) -> None:
             owner = "this run" if name in ours else "the checkpoint"
             raise ConfigError(
                 f"{step / part}: {part} tensor {name} exists only in {owner}; use the model and optimizer settings "
-                "the checkpoint was written with, or another --run-dir"
+                f"the checkpoint was written with, or another --run-dir{_PRECISION * (part == 'optimizer')}"
             )
         if theirs[name] != ours[name]:
             raise ConfigError(
                 f"{step / part}: {part} tensor {name} is {list(theirs[name].shape)} {theirs[name].dtype}, this run "
                 f"needs {list(ours[name].shape)} {ours[name].dtype}; use the settings it was written with, or "
-                "another --run-dir"
+                f"another --run-dir{_PRECISION * (theirs[name].dtype != ours[name].dtype)}"
             )

@@ -18,35 +18,49 @@ class Gpu(NamedTuple):
     """name: as CUDA reports it, to look up the matmul peak (`training/flops.py`).
 
     memory_bytes, memory_bytes_per_s: size and bandwidth. link_bytes_per_s: to the other GPUs of its node, one way.
+    fp8_tflops: dense peak of products of 8-bit operands; None = it has none.
     """
 
     name: str
     memory_bytes: int
     memory_bytes_per_s: float
     link_bytes_per_s: float
+    fp8_tflops: float | None = None
 
     def peak_flops(self, dtype: torch.dtype) -> float:
         """Dense matmul peak in FLOP/s."""
         return device_peak_flops("cuda", dtype, self.name)
 
+    def peak_fp8_flops(self) -> float:
+        """The same of 8-bit operands.
+
+        Raises:
+            ConfigError: the GPU has no such products.
+        """
+        if self.fp8_tflops is None:
+            raise ConfigError(
+                f"--fp8: {self.name} has no FP8 products (compute capability 8.9 or higher has them)"
+            )
+        return self.fp8_tflops * 1e12
+
 
 # NVIDIA data sheets (capacity in GB = 1e9 bytes, bandwidth; NVLink is given there for both ways together, half of it
-# stands here). L40S, L40 and L4 have no NVLink: PCIe 4.0 x16.
+# stands here; so of FP8 peaks that are given with sparsity). L40S, L40 and L4 have no NVLink: PCIe 4.0 x16.
 GPUS: dict[str, Gpu] = {
-    "h100": Gpu("H100", 80 * 10**9, 3.35e12, 450e9),
-    "h100_pcie": Gpu("H100 PCIe", 80 * 10**9, 2.0e12, 300e9),
-    "h100_nvl": Gpu("H100 NVL", 94 * 10**9, 3.9e12, 300e9),
-    "h200": Gpu("H200", 141 * 10**9, 4.8e12, 450e9),
-    "h200_nvl": Gpu("H200 NVL", 141 * 10**9, 4.8e12, 450e9),
-    "h800": Gpu("H800", 80 * 10**9, 3.35e12, 200e9),
-    "h20": Gpu("H20", 96 * 10**9, 4.0e12, 450e9),
-    "b200": Gpu("B200", 180 * 10**9, 7.7e12, 900e9),
+    "h100": Gpu("H100", 80 * 10**9, 3.35e12, 450e9, 1979.0),
+    "h100_pcie": Gpu("H100 PCIe", 80 * 10**9, 2.0e12, 300e9, 1513.0),
+    "h100_nvl": Gpu("H100 NVL", 94 * 10**9, 3.9e12, 300e9, 1671.0),
+    "h200": Gpu("H200", 141 * 10**9, 4.8e12, 450e9, 1979.0),
+    "h200_nvl": Gpu("H200 NVL", 141 * 10**9, 4.8e12, 450e9, 1671.0),
+    "h800": Gpu("H800", 80 * 10**9, 3.35e12, 200e9, 1979.0),
+    "h20": Gpu("H20", 96 * 10**9, 4.0e12, 450e9, 296.0),
+    "b200": Gpu("B200", 180 * 10**9, 7.7e12, 900e9, 4500.0),
     "a100": Gpu("A100", 80 * 10**9, 2.039e12, 300e9),
     "a100_40gb": Gpu("A100", 40 * 10**9, 1.555e12, 300e9),
     "a800": Gpu("A800", 80 * 10**9, 2.039e12, 200e9),
-    "l40s": Gpu("L40S", 48 * 10**9, 0.864e12, 32e9),
-    "l40": Gpu("L40", 48 * 10**9, 0.864e12, 32e9),
-    "l4": Gpu("L4", 24 * 10**9, 0.3e12, 32e9),
+    "l40s": Gpu("L40S", 48 * 10**9, 0.864e12, 32e9, 733.0),
+    "l40": Gpu("L40", 48 * 10**9, 0.864e12, 32e9, 362.0),
+    "l4": Gpu("L4", 24 * 10**9, 0.3e12, 32e9, 242.0),
 }
 
 # Gb/s per GPU, one way: a network port of this rate beside each GPU, or a share of a node's.

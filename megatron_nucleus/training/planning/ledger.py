@@ -17,7 +17,10 @@ from typing import NamedTuple
 from megatron_nucleus.ops.table import AUTO_ORDER, ROWS
 from megatron_nucleus.utils.errors import ConfigError, nearest
 
-FP32_BYTES, BF16_BYTES, INDEX_BYTES, COMPLEX_BYTES = 4, 2, 8, 8
+FP32_BYTES, BF16_BYTES, INDEX_BYTES, COMPLEX_BYTES, FP8_BYTES = 4, 2, 8, 8, 1
+
+# Bytes that move for each value of an FP8 product's operand: read for the largest one, read again, written in 8 bits.
+CAST_BYTES = 2 * BF16_BYTES + FP8_BYTES
 
 # Operations whose plain torch version keeps more than its inputs; of all others every backend keeps the same.
 FUSABLE = ("modulated_layer_norm", "gated_residual_norm", "norm_rope", "swiglu", "expert_ffn", "moe_combine")
@@ -34,12 +37,17 @@ class MicroBatch(NamedTuple):
 class Op(NamedTuple):
     """One operation of the forward pass and its gradient.
 
-    kind: ``matmul``, ``attention``, ``memory`` (bound by bytes) or ``exchange`` (between ranks).
+    kind: ``matmul``, ``matmul8`` (of 8-bit operands), ``attention``, ``memory`` (bound by bytes) or ``exchange``
+        (between ranks).
     reads, writes: tensors by name. saves: of these and of ``inner``, what its gradient needs.
     inner: tensors that it makes for itself alone. constant: of ``reads``, what needs no gradient.
     same_grad: of ``reads``, what takes over the gradient of what is written, without a copy.
-    result: what `core/recompute.py` records of it: ``kept`` (never repeated), ``costly`` or ``cheap``.
+    result: what `core/recompute.py` does with it: ``kept`` (never repeated), ``costly``, ``passing`` (not repeated by
+        ``selective`` either, but without keeping the values, `recompute.forget`) or ``cheap``.
+    recorded: what is recorded of a ``kept`` or ``costly`` one; None = what it writes.
     flops, grad_flops: of the matrix products, a multiply-add is two.
+    cast_bytes, grad_cast_bytes: moved to make 8-bit operands, apart from the product.
+    grad_bytes: what the gradient makes for itself alone, beside ``saves`` and the gradients.
     weight_values: trained weights that it multiplies with, whose gradients it makes.
     """
 
@@ -55,6 +63,10 @@ class Op(NamedTuple):
     flops: int = 0
     grad_flops: int = 0
     weight_values: int = 0
+    recorded: tuple[str, ...] | None = None
+    cast_bytes: int = 0
+    grad_cast_bytes: int = 0
+    grad_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Numerics:
     bf16: activations are bf16 (autocast), else fp32. gathered: FSDP hands the weights over in the activations'
     dtype; without it autocast makes a copy of each. plain: operations of `FUSABLE` that run as plain torch.
     ep: ranks that share the experts. chunks: pieces of a micro-batch in the all-to-all.
+    exchange: what carries tokens, of `ParallelConfig.moe_token_dispatcher_type`.
+    fp8: who multiplies in 8 bits, of `PrecisionConfig.fp8`; fp8_layers: where.
     """
 
     bf16: bool
@@ -71,6 +85,9 @@ class Numerics:
     plain: frozenset[str] = frozenset()
     ep: int = 1
     chunks: int = 1
+    exchange: str = "alltoall"
+    fp8: str = "none"
+    fp8_layers: frozenset[str] = frozenset()
 
     @property
     def bytes(self) -> int:
@@ -110,13 +127,56 @@ class Ledger:
         """Append an operation."""
         self.ops.append(Op(name, kind, reads, writes, **rest))
 
-    def linear(self, name: str, source: str, target: str, rows: int, k: int, n: int, **rest) -> None:
-        """[rows, k] @ [k, n]: the product, and one each for the gradients of input and weight."""
+    def linear(
+        self, name: str, source: str, target: str, rows: int, k: int, n: int, layer: str | None = None, **rest
+    ) -> None:
+        """[rows, k] @ [k, n]: the product, and one each for the gradients of input and weight.
+
+        layer: of `precision.LAYERS`.
+        """
         product = 2 * rows * k * n
         rest = {"saves": (source,), "result": "costly", "weight_values": k * n} | rest
         grads = 1 if source in rest.get("constant", ()) else 2
         self.tensor(target, rows * n)
-        self.add(name, "matmul", (source,), (target,), flops=product, grad_flops=grads * product, **rest)
+        kind = "matmul"
+        if self.numerics.fp8 != "none" and layer in self.numerics.fp8_layers:
+            kind = "matmul8"
+            rest |= self._in_8_bits(name, source, layer == "experts", rows, k, n, rest)
+        self.add(name, kind, (source,), (target,), flops=product, grad_flops=grads * product, **rest)
+
+    def _in_8_bits(
+        self, name: str, source: str, of_experts: bool, rows: int, k: int, n: int, rest: dict
+    ) -> dict:
+        """How a product of 8-bit operands differs: in what is kept of it, and by the work on its operands.
+
+        Kept, by what each library saves for its gradient: torchao both operands as they came (of experts, padded rows
+        and weights column by column: copies); Transformer Engine both in 8 bits, weights in two layouts; ours what
+        torch's own product keeps. Only ours and torchao's linear layers are operations that `core/recompute.py` knows.
+        """
+        operands = rows * k + rest["weight_values"]
+        library, out = self.numerics.fp8, {}
+        out["cast_bytes"] = CAST_BYTES * operands
+        out["grad_cast_bytes"] = CAST_BYTES * (
+            rows * n + (0 if library == "transformer_engine" else operands)
+        )
+        values = self.tensor(f"{name}_8", rows * k, FP8_BYTES)
+        weights = self.tensor(f"{name}_weights_8", rest["weight_values"], 2 * FP8_BYTES)
+        out["inner"] = (values, weights)
+        if library == "transformer_engine":
+            out |= {"saves": (values, weights), "result": "cheap"}
+        elif library == "torchao" and of_experts:
+            copies = (
+                self.tensor(f"{name}_rows", rows * k, BF16_BYTES),
+                self.tensor(f"{name}_weights", rest["weight_values"], BF16_BYTES),
+            )
+            out |= {"saves": copies, "inner": (values, weights, *copies), "result": "cheap"}
+        elif library == "emulated":  # its products are formed in fp32, and recorded so
+            wide = self.tensor(f"{name}_wide", rows * n, FP32_BYTES)
+            rounded = self.tensor(f"{name}_rounded", operands, FP32_BYTES)
+            out |= {"inner": (wide, rounded)}
+            if rest["result"] != "passing":
+                out["recorded"] = (wide,)
+        return out
 
     def fused(self, op: str) -> bool:
         """Whether ``op`` runs as one kernel that keeps its inputs."""

@@ -12,9 +12,6 @@ from megatron_nucleus.training.planning.ledger import Ledger
 
 GRANULARITIES = ("none", "selective", "full")  # of `core/parallel_state.py`, least recomputation first
 
-# What recorded operations give beside what they write.
-_ALSO_RECORDED = {"logsumexp", "text_hidden", "text_product"}
-
 
 class Peak(NamedTuple):
     """Bytes at the fullest moment: activations and their gradients, and gradients of weights made so far."""
@@ -48,7 +45,7 @@ def kept(ledger: Ledger, granularity: str) -> set[str]:
             # Its `topk` is recorded; the routing is held by those who asked for it, until the losses are formed.
             names.update({"taken_score"}, op.writes, set(op.saves) & {"logits", "logits_fp32"})
         elif op.result in recorded:
-            names.update(op.writes, set(op.inner) & _ALSO_RECORDED)
+            names.update(op.writes if op.recorded is None else op.recorded)
     return names - ledger.outside
 
 
@@ -92,7 +89,13 @@ def backward_peak(ledger: Ledger, grad_bytes: int, transient_bytes: int = 0) -> 
         wanted = [r for r in op.reads if r not in op.constant and not (r in op.same_grad and r not in grads)]
         made = sum(ledger.bytes[r] for r in wanted)
         weights += op.weight_values * grad_bytes
-        now = size(ledger, held) + sum(grads.values()) + made + op.weight_values * transient_bytes
+        now = (
+            size(ledger, held)
+            + sum(grads.values())
+            + made
+            + op.weight_values * transient_bytes
+            + op.grad_bytes
+        )
         best = max(best, Peak(now, weights), key=lambda peak: peak.total)
         for name in op.same_grad:
             if name not in grads and op.writes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.optimizer.muon import BATCH_VALUES
-from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT
+from megatron_nucleus.core.optimizer.rounding import PIECE_VALUES
 from megatron_nucleus.core.parallel_state import Layout
 from megatron_nucleus.training.planning import liveness, operations
 from megatron_nucleus.training.planning.ledger import BF16_BYTES, FP32_BYTES, Ledger, MicroBatch, Numerics
@@ -49,6 +49,8 @@ class Work:
 
     recompute: of `liveness.GRANULARITIES`. reshard: `ParallelConfig.reshard_after_forward`. optimizer, ns_steps: of
     `OptimizerConfig`. muon_bytes: per value of Newton-Schulz's arithmetic. device_type: ``cuda`` or ``cpu``.
+    exchange, fp8, fp8_layers: of `ledger.Numerics`. weight_bytes, state_bytes: per value of a parameter and of the
+    optimizer's averages.
     """
 
     shape: ModelShape
@@ -65,11 +67,18 @@ class Work:
     ns_steps: int = 5
     muon_bytes: int = BF16_BYTES
     device_type: str = "cuda"
+    exchange: str = "alltoall"
+    fp8: str = "none"
+    fp8_layers: frozenset[str] = frozenset()
+    weight_bytes: int = FP32_BYTES
+    state_bytes: int = FP32_BYTES
 
     @property
     def numerics(self) -> Numerics:
         """In what the model computes."""
-        return Numerics(self.bf16, self.layout.world > 1, self.plain, self.layout.ep, self.chunks)
+        ready = self.layout.world > 1 or (self.bf16 and self.weight_bytes == BF16_BYTES)
+        fp8 = (self.exchange, self.fp8, self.fp8_layers)
+        return Numerics(self.bf16, ready, self.plain, self.layout.ep, self.chunks, *fp8)
 
     def blocks(self) -> list[Ledger]:
         """The ledger of every block; blocks that are alike share one."""
@@ -77,8 +86,7 @@ class Work:
 
     def stem(self) -> Ledger:
         """Latents, noise level and text to the first block."""
-        keeps_text = not self.bf16 or self.recompute != "none"
-        return operations.stem(self.shape, self.batch, self.numerics, keeps_text)
+        return operations.stem(self.shape, self.batch, self.numerics)
 
     def head(self) -> Ledger:
         """The last block to the loss."""
@@ -130,14 +138,14 @@ class _Walk:
         self.work, layout = work, work.layout
         self.accumulates = work.accumulation > 1
         everything = parameters(work.shape, work.optimizer)
-        self.weights = FP32_BYTES * sum(p.stored(layout) for p in everything)
+        each = work.weight_bytes
+        self.weights = each * sum(p.stored(layout) for p in everything)
         trained = [p for p in everything if p.trained]
-        states = [(1 if p.split != NO_SPLIT else 2) * p.stored(layout) for p in trained]
-        self.state = FP32_BYTES * sum(states)
-        self.all_grads = FP32_BYTES * sum(p.stored(layout) for p in trained)
+        self.state = sum(p.state_bytes(each, work.state_bytes) * p.stored(layout) for p in trained)
+        self.all_grads = each * sum(p.stored(layout) for p in trained)
         self.grads_of: dict[int, int] = {}
         for p in trained:
-            self.grads_of[p.layer] = self.grads_of.get(p.layer, 0) + FP32_BYTES * p.stored(layout)
+            self.grads_of[p.layer] = self.grads_of.get(p.layer, 0) + each * p.stored(layout)
         self.stem, self.head, self.blocks = work.stem(), work.head(), work.blocks()
         self.stem_bytes = liveness.size(self.stem, liveness.saved(self.stem))
         stays = {id(b): liveness.kept(b, work.recompute) for b in self.blocks}
@@ -197,6 +205,10 @@ class _Walk:
         space = max(2 * (stack + gram) * each, stack * (each + FP32_BYTES))
         # The line, the inbox and the whole matrices put together from it.
         exchange = (max(1, muon.lines) * muon.line_values + 2 * muon.owned_values) * each
+        if BF16_BYTES in (self.work.weight_bytes, self.work.state_bytes):
+            # In fp32: gradients, momentum and direction of a batch, and pieces of the rest.
+            wide = 3 * FP32_BYTES
+            space = max(space, wide * stack, wide * PIECE_VALUES[self.work.device_type])
         return Memory(self.weights, self.all_grads, self.state, 0, space + exchange)
 
     def _at(self, activations: int, buffers: int, done: int = 0, stage: liveness.Peak = _NOTHING) -> Memory:
@@ -209,8 +221,9 @@ class _Walk:
         work = self.work
         if work.layout.world > 1:
             return (BF16_BYTES if work.bf16 else FP32_BYTES), 0
-        low = BF16_BYTES if work.bf16 else 0
-        return (0, FP32_BYTES + low) if self.accumulates else (FP32_BYTES, low)
+        stored = work.weight_bytes
+        low = BF16_BYTES if work.bf16 and stored != BF16_BYTES else 0
+        return (0, stored + low) if self.accumulates else (stored, low)
 
     def _casts(self, part: Ledger) -> int:
         """bf16 copies that autocast makes of weights that are not gathered in bf16."""
@@ -249,7 +262,12 @@ class _Walk:
         for values in (experts, dense):
             flat = values * FP32_BYTES
             own = flat // (work.layout.efsdp if values is experts else work.layout.shard)
-            buffers = self._gathered(layer, layer - 1) + waiting + values * each + flat + own
+            own += own // FP32_BYTES * work.weight_bytes if work.weight_bytes < FP32_BYTES else 0
+            # First the gradients as they came beside the flat ones, then those alone with the shard (and what gloo
+            # reduces, which is a copy).
+            copies = 2 if work.device_type == "cpu" else 1
+            here = max(values * each + flat, copies * flat + own)
+            buffers = self._gathered(layer, layer - 1) + waiting + here
             places.append(self._at(activations, buffers, done))
             waiting = own
         return places

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.moe.router import capacity
 from megatron_nucleus.core.transformer.text import product_pays
+from megatron_nucleus.training.planning import library_exchange as library
 from megatron_nucleus.training.planning.ledger import (
     COMPLEX_BYTES,
     FP32_BYTES,
@@ -15,11 +16,8 @@ from megatron_nucleus.training.planning.ledger import (
 )
 
 
-def stem(shape: ModelShape, batch: MicroBatch, numerics: Numerics, keeps_text: bool = True) -> Ledger:
-    """From latents, noise level and text to the first block: ``x``, ``temb``, ``act`` and ``text``.
-
-    keeps_text: whether the blocks hold on to the fp32 text: they multiply with it, or are called with it again.
-    """
+def stem(shape: ModelShape, batch: MicroBatch, numerics: Numerics) -> Ledger:
+    """From latents, noise level and text to the first block: ``x``, ``temb``, ``act`` and ``text``."""
     B, D, P, U = batch.images, shape.width, shape.patch_channels, shape.text_dim
     out = Ledger(numerics)
     out.tensor("latents", B * batch.tokens * P)
@@ -34,9 +32,17 @@ def stem(shape: ModelShape, batch: MicroBatch, numerics: Numerics, keeps_text: b
     out.add("act_silu", "memory", ("temb",), ("act",), saves=("temb",))
     # Text of a frozen encoder needs no gradient; its norm's weight is folded into each block's first projection.
     out.tensor("raw_text", B * batch.text_tokens * U, FP32_BYTES)
-    out.tensor("text", B * batch.text_tokens * U, FP32_BYTES)
-    saves = ("raw_text", "text") if keeps_text else ("raw_text",)
-    out.add("text_norm", "memory", ("raw_text",), ("text",), constant=("raw_text",), saves=saves)
+    out.tensor("text", B * batch.text_tokens * U)
+    inner = (out.tensor("text_wide", B * batch.text_tokens * U, FP32_BYTES),) if numerics.bf16 else ()
+    out.add(
+        "text_norm",
+        "memory",
+        ("raw_text",),
+        ("text",),
+        constant=("raw_text",),
+        saves=("raw_text", "text"),
+        inner=inner,
+    )
     angles = (batch.tokens + batch.text_tokens) * shape.attention_head_dim // 2
     out.tensor("rotations", angles, COMPLEX_BYTES)
     out.add("rotations", "memory", (), ("rotations",), saves=("rotations",))
@@ -57,7 +63,7 @@ def block(shape: ModelShape, layer: int, batch: MicroBatch, numerics: Numerics) 
     if shape.is_moe(layer):
         _moe(out, shape, layer, batch)
     else:
-        feed_forward(out, "ffn", "m2", "out", B * batch.tokens, D, shape.dense_hidden)
+        feed_forward(out, "ffn", "m2", "out", B * batch.tokens, D, shape.dense_hidden, "ffn")
     out.tensor("x_next", B * batch.tokens * D)
     out.add(
         "residual_2", "memory", ("x_mid", "out", "gates"), ("x_next",),
@@ -122,8 +128,6 @@ def _text(out: Ledger, shape: ModelShape, batch: MicroBatch) -> None:
     rows, U, D = batch.images * batch.text_tokens, shape.text_dim, shape.width
     M = 2 * shape.num_key_value_heads * shape.attention_head_dim
     inner = [out.tensor("text_rows", M * D)]
-    if out.numerics.bf16:
-        inner.append(out.tensor("text_copy", rows * U))  # autocast casts it for each block anew
     if product_pays(rows, U, D, M):
         # The features need no gradient, so the product is not saved, only what it is made of.
         inner.append(out.tensor("text_scaled", D * U))
@@ -139,6 +143,7 @@ def _text(out: Ledger, shape: ModelShape, batch: MicroBatch) -> None:
     out.add(
         "text", "matmul", ("text",), ("text_kv",), saves=("text", *inner), inner=(*inner, *scratch), result="costly",
         constant=("text",), flops=flops, grad_flops=grad_flops, weight_values=D * U + M * D,
+        recorded=("text_kv", "text_product" if "text_product" in scratch else "text_hidden"),
     )  # fmt: skip
     # Keys are a part of what the product gave; a fused kernel takes them as a tensor of their own.
     keys = out.tensor("text_key_part", rows * M // 2, out.numerics.norm_bytes)
@@ -172,9 +177,9 @@ def _norm_rope(
 def _attention(out: Ledger, shape: ModelShape, batch: MicroBatch) -> None:
     B, S, L, D = batch.images, batch.tokens, batch.text_tokens, shape.width
     rows, kv = B * S, shape.num_key_value_heads * shape.attention_head_dim
-    out.linear("q", "m1", "q_lin", rows, D, D)
-    out.linear("k", "m1", "k_lin", rows, D, kv)
-    out.linear("v", "m1", "v_lin", rows, D, kv)
+    out.linear("q", "m1", "q_lin", rows, D, D, layer="attention")
+    out.linear("k", "m1", "k_lin", rows, D, kv, layer="attention")
+    out.linear("v", "m1", "v_lin", rows, D, kv, layer="attention")
     _norm_rope(out, shape, "rope_q", "q_lin", "q_rot", rows * D, out.numerics.bytes)
     _norm_rope(out, shape, "rope_k", "k_lin", "k_rot", rows * kv, out.numerics.bytes)
     wide = out.numerics.norm_bytes
@@ -193,50 +198,69 @@ def _attention(out: Ledger, shape: ModelShape, batch: MicroBatch) -> None:
     out.add(
         "attention", "attention", ("q_rot", "keys", "values"), ("attended",), result="costly",
         saves=(*saves, "values", "attended", "logsumexp"), inner=inner, flops=flops, grad_flops=flops * 5 // 2,
+        recorded=("attended", "logsumexp"),
     )  # fmt: skip
-    out.linear("attention_out", "attended", "branch", rows, D, D)
+    out.linear("attention_out", "attended", "branch", rows, D, D, layer="attention")
 
 
 def feed_forward(
-    out: Ledger, name: str, source: str, target: str, rows: int, D: int, F: int, experts: int = 0
+    out: Ledger, name: str, source: str, target: str, rows: int, D: int, F: int, layer: str, experts: int = 0
 ) -> None:
-    """SwiGLU feed-forward over ``rows`` rows; experts: how many share them, 0 = a feed-forward of its own."""
+    """SwiGLU feed-forward over ``rows`` rows.
+
+    Args:
+        layer: of `precision.LAYERS`. experts: how many share the rows, 0 = a feed-forward of its own.
+    """
     op, weights = ("expert_ffn", experts) if experts else ("swiglu", 1)
-    out.linear(f"{name}_in", source, f"{name}_gate_up", rows, D, 2 * F, weight_values=weights * 2 * D * F)
-    out.tensor(f"{name}_hidden", rows * F)
+    gate_up, hidden = f"{name}_gate_up", f"{name}_hidden"
+    out.linear(f"{name}_in", source, gate_up, rows, D, 2 * F, weight_values=weights * 2 * D * F, layer=layer)
     inner = () if out.fused(op) else (out.tensor(f"{name}_silu", rows * F),)
-    gate_up = f"{name}_gate_up"
-    out.add(f"{name}_swiglu", "memory", (gate_up,), (f"{name}_hidden",), saves=(gate_up, *inner), inner=inner)
-    out.linear(f"{name}_out", f"{name}_hidden", target, rows, F, D, weight_values=weights * D * F)
+    out.tensor(hidden, rows * F)
+    out.add(f"{name}_swiglu", "memory", (gate_up,), (hidden,), saves=(gate_up, *inner), inner=inner)
+    # Rows that a plain all-to-all takes home are weighted there: no gradient reads them here.
+    passing = experts and out.numerics.ep > 1 and out.numerics.exchange == "alltoall"
+    result = "passing" if passing else "costly"
+    out.linear(
+        f"{name}_out", hidden, target, rows, F, D, weight_values=weights * D * F, layer=layer, result=result
+    )
 
 
 def _moe(out: Ledger, shape: ModelShape, layer: int, batch: MicroBatch) -> None:
+    """Router, shared expert and routed experts, whatever carries the tokens."""
     B, D, E, F = batch.images, shape.width, shape.num_experts, shape.moe_intermediate_dim
     tokens = B * batch.tokens
     rows = B * E * capacity(shape.capacity_factors[layer], batch.tokens, E)
-    ep, local = out.numerics.ep, E // out.numerics.ep
+    local = E // out.numerics.ep
     _router(out, shape, batch, rows)
-    out.tensor("rows", rows * D)
-    out.tensor("gather_index", rows, INDEX_BYTES)
-    out.add(
-        "gather", "memory", ("m2", "index"), ("rows",), saves=("gather_index",), inner=("gather_index",),
-        constant=("index",),
-    )  # fmt: skip
-    arrived = "rows"
-    if ep > 1:
-        arrived = _exchange(out, "dispatch", "rows", rows * D)
-    feed_forward(out, "shared", "m2", "shared_out", tokens, D, F)
-    if ep > 1 and local > 1:
+    by_library = out.numerics.ep > 1 and out.numerics.exchange != "alltoall"
+    arrived = library.dispatch(out, tokens, rows, D, E) if by_library else _dispatch(out, rows, D)
+    feed_forward(out, "shared", "m2", "shared_out", tokens, D, F, "shared_experts")
+    if by_library:
+        feed_forward(out, "expert", arrived, "expert_out", rows, D, F, "experts", experts=local)
+        library.give_back(out, tokens, rows, D, E)
+        return
+    if out.numerics.ep > 1 and local > 1:
         arrived = _copied(out, "by_expert", arrived, rows * D)
-    feed_forward(out, "expert", arrived, "expert_out", rows, D, F, experts=local)
+    feed_forward(out, "expert", arrived, "expert_out", rows, D, F, "experts", experts=local)
     back = "expert_out"
-    if ep > 1:
+    if out.numerics.ep > 1:
         if local > 1:
             back = _copied(out, "by_rank", back, rows * D)
         back = _exchange(out, "return", back, rows * D)
         if out.numerics.chunks > 1:
             back = _copied(out, "all_pieces", back, rows * D)
     _combine(out, back, rows, tokens, D)
+
+
+def _dispatch(out: Ledger, rows: int, D: int) -> str:
+    """Rows in destination order and, over several ranks, their way."""
+    out.tensor("rows", rows * D)
+    out.tensor("gather_index", rows, INDEX_BYTES)
+    out.add(
+        "gather", "memory", ("m2", "index"), ("rows",), saves=("gather_index",), inner=("gather_index",),
+        constant=("index",),
+    )  # fmt: skip
+    return _exchange(out, "dispatch", "rows", rows * D) if out.numerics.ep > 1 else "rows"
 
 
 def _router(out: Ledger, shape: ModelShape, batch: MicroBatch, rows: int) -> None:

@@ -11,16 +11,20 @@ import torch
 from megatron_nucleus.core.models.presets import ModelShape
 from megatron_nucleus.core.optimizer.exchange import assign_owners
 from megatron_nucleus.core.optimizer.muon import newton_schulz_flops
-from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT, matrices, rule_of
+from megatron_nucleus.core.optimizer.param_groups import FP32_GROUPS, NO_SPLIT, matrices, rule_of
 from megatron_nucleus.core.parallel_state import Layout
 from megatron_nucleus.export.hf_keys import keys
+from megatron_nucleus.training.planning.ledger import FP32_BYTES
 
 FROZEN = "text_q_norm"  # kept for released checkpoints, trained by nobody (`core/transformer/attention.py`)
 ROOT = -1
 
 
 class Parameter(NamedTuple):
-    """One parameter. layer: its block, `ROOT` outside of the blocks. split: of `param_groups`, "-" under AdamW."""
+    """One parameter. layer: its block, `ROOT` outside of the blocks. split: of `param_groups`, "-" under AdamW.
+
+    group: of `param_groups.GROUPS`.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -28,6 +32,7 @@ class Parameter(NamedTuple):
     is_expert: bool
     trained: bool
     split: str
+    group: str
 
     @property
     def values(self) -> int:
@@ -41,6 +46,19 @@ class Parameter(NamedTuple):
         ranks = layout.ep * layout.efsdp if self.is_expert else layout.shard
         return -(-self.shape[0] // ranks) * math.prod(self.shape[1:])
 
+    def state_bytes(self, weight_bytes: int, average_bytes: int) -> int:
+        """What the optimizer holds per value: Muon's momentum, or AdamW's two averages.
+
+        A small parameter that is stored in 16 bits has an fp32 copy there, and averages in fp32.
+        """
+        if not self.trained:
+            return 0
+        if self.split != NO_SPLIT:
+            return average_bytes
+        if weight_bytes < FP32_BYTES and self.group in FP32_GROUPS:
+            return 3 * FP32_BYTES
+        return 2 * average_bytes
+
     def gathered(self, layout: Layout) -> int:
         """Values of this parameter that a rank computes with, once FSDP has gathered them."""
         return self.stored(layout) * (layout.efsdp if self.is_expert else layout.shard)
@@ -53,10 +71,11 @@ def parameters(shape: ModelShape, optimizer: str) -> tuple[Parameter, ...]:
     for key in keys(shape):
         head, _, rest = key.native.partition(".")
         layer = int(rest.split(".")[0]) if head == "blocks" else ROOT
-        split = rule_of(key.native).split if optimizer == "muon" else NO_SPLIT
+        rule = rule_of(key.native)
+        split = rule.split if optimizer == "muon" else NO_SPLIT
         is_expert = ".moe.experts." in key.native
         trained = FROZEN not in key.native
-        out.append(Parameter(key.native, tuple(key.shape), layer, is_expert, trained, split))
+        out.append(Parameter(key.native, tuple(key.shape), layer, is_expert, trained, split, rule.group))
     return tuple(out)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import torch
 
+from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import ModelShape, resolve_shape
-from megatron_nucleus.core.parallel_state import make_layout
+from megatron_nucleus.core.parallel_state import Layout, make_layout
+from megatron_nucleus.core.precision.precision import check_settings
 from megatron_nucleus.export.hf_keys import count_parameters
 from megatron_nucleus.training import flops
 from megatron_nucleus.training.arguments import RunConfig, batch_split
-from megatron_nucleus.training.planning import memory, step_time, traffic
+from megatron_nucleus.training.planning import images, memory, step_time, traffic
 from megatron_nucleus.training.planning.devices import (
     NETWORKS_GBITS,
     NO_GPU,
@@ -20,15 +23,15 @@ from megatron_nucleus.training.planning.devices import (
     gpu_of,
     network_bytes_per_s,
 )
-from megatron_nucleus.training.planning.ledger import MicroBatch, plain_operations
+from megatron_nucleus.training.planning.ledger import BF16_BYTES, FP32_BYTES, MicroBatch, plain_operations
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 
 DEFAULT_GPU = "h100"
-VAE_STRIDE_PX = 8  # of the Qwen-Image VAE, whose spec does not say it
 QWEN3_VL_WIDTH = 4096  # of Qwen3-VL-8B, whose spec does not say it before its files are read
 # A CUDA build of torch brings triton along; other optional libraries count only where they are named.
 ON_A_GPU = frozenset({"torch", "triton"})
+STORED_BYTES = {"fp32": FP32_BYTES, "bf16": BF16_BYTES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +80,14 @@ class PlanConfig:
 
 
 class Plan(NamedTuple):
-    """One setting's figures. usable_bytes: of a GPU, without margin and what else it holds."""
+    """One setting's figures.
+
+    work: of the square images, whose time and traffic are forecast. largest: of the aspect bucket with most tokens,
+    whose memory it is. usable_bytes: of a GPU, without margin and what else it holds.
+    """
 
     work: memory.Work
+    largest: memory.Work
     memory: memory.Memory
     time: step_time.StepTime
     usable_bytes: int
@@ -104,20 +112,8 @@ def shape_of(run: RunConfig) -> ModelShape:
     return resolve_shape(config)
 
 
-def tokens_of(run: RunConfig, plan: PlanConfig, shape: ModelShape) -> int:
-    """Image tokens: ``--grid``, or the square of ``--resolution-px`` through codec and patch."""
-    if plan.grid is not None:
-        return plan.grid[0] * plan.grid[1]
-    stride_px = run.encoders.codec_spec().get("stride_px", VAE_STRIDE_PX) * shape.patch_size
-    if run.data.resolution_px % stride_px:
-        raise ConfigError(
-            f"--resolution-px {run.data.resolution_px}: must be a multiple of {stride_px} (codec stride x patch size)"
-        )
-    return (run.data.resolution_px // stride_px) ** 2
-
-
 def work_of(run: RunConfig, plan: PlanConfig) -> memory.Work:
-    """One rank's step of a run.
+    """One rank's step of a run, with square images or those of ``--grid``.
 
     Raises:
         ConfigError: as training would at its start: sizes that do not divide, backends that do not exist.
@@ -130,40 +126,99 @@ def work_of(run: RunConfig, plan: PlanConfig) -> memory.Work:
         replicate=p.data_parallel_replicate_size,
     )
     micro, accumulation = batch_split(run, plan.world_size)
-    tokens = tokens_of(run, plan, shape)
-    _check_tokens(shape, tokens, run)
+    sizes = images.sizes_of(run, plan.grid, shape)
+    images.check_tokens(run, shape, [sizes[images.SQUARE]])
+    batch = MicroBatch(micro, sizes[images.SQUARE], plan.text_tokens)
+    return work_with(run, shape, layout, batch, accumulation, "cuda", ON_A_GPU)
+
+
+def work_with(
+    run: RunConfig,
+    shape: ModelShape,
+    layout: Layout,
+    batch: MicroBatch,
+    accumulation: int,
+    device_type: str,
+    usable: frozenset[str],
+) -> memory.Work:
+    """One rank's step of a run on a given grid of ranks with a given micro-batch.
+
+    Args:
+        device_type: ``cuda`` or ``cpu``. usable: backends that are installed there.
+
+    Raises:
+        ConfigError: FP8 settings or backends that do not go together.
+    """
+    if run.precision.fp8 != "none" or run.precision.fp8_recipe is not None:
+        check_precision(run, shape)
+    p, o = run.parallel, run.optimizer
+    if o.master_weights == "bf16" and not run.training.bf16:
+        raise ConfigError("--master-weights bf16: bf16 weights are multiplied in bf16; give --bf16, too")
     choices = {
         f.name.removesuffix("_backend"): getattr(run.kernels, f.name) for f in dataclasses.fields(run.kernels)
     }
+    narrow = {"auto": device_type == "cuda", "bf16": True, "fp32": False}[o.muon_dtype]
     return memory.Work(
         shape,
         layout,
-        MicroBatch(micro, tokens, plan.text_tokens),
+        batch,
         accumulation,
         run.training.bf16,
         p.recompute_granularity,
         p.reshard_after_forward,
-        plain_operations(choices, "cuda", ON_A_GPU),
+        plain_operations(choices, device_type, usable),
         p.moe_overlap_chunks,
         p.moe_shared_expert_overlap,
-        run.optimizer.optimizer,
-        run.optimizer.muon_num_ns_steps,
-        4 if run.optimizer.muon_dtype == "fp32" else 2,
+        o.optimizer,
+        o.muon_num_ns_steps,
+        BF16_BYTES if narrow else FP32_BYTES,
+        device_type,
+        p.moe_token_dispatcher_type if layout.ep > 1 else "alltoall",
+        run.precision.fp8,
+        frozenset(run.precision.fp8_layers),
+        STORED_BYTES[o.master_weights],
+        STORED_BYTES[o.state_dtype],
     )
 
 
-def _check_tokens(shape: ModelShape, tokens: int, run: RunConfig) -> None:
-    if any(map(shape.is_moe, range(shape.num_layers))) and tokens < shape.num_experts:
-        raise ConfigError(
-            f"--num-experts {shape.num_experts}: an image of {tokens} tokens (--resolution-px "
-            f"{run.data.resolution_px}) gives each expert less than one; use fewer experts or a higher resolution"
-        )
+def largest_of(run: RunConfig, plan: PlanConfig, work: memory.Work) -> memory.Work:
+    """The same with images of the aspect bucket that has most tokens in a micro-batch."""
+    sizes = images.sizes_of(run, plan.grid, work.shape)
+    drawn = images.per_bucket(run, sizes, work.shape)
+    pieces = plan.world_size * work.accumulation
+    bucket = max(sizes, key=lambda b: sizes[b] * drawn[b])
+    # A bucket with more images a step has as many micro-batches of more images.
+    batch = work.batch._replace(images=-(-drawn[bucket] // pieces), tokens=sizes[bucket])
+    return dataclasses.replace(work, batch=batch)
+
+
+def check_precision(run: RunConfig, shape: ModelShape) -> None:
+    """FP8 settings, as far as no library is needed to judge them.
+
+    Raises:
+        ConfigError: of `precision.check_settings`.
+    """
+    check_settings(
+        _on_meta(shape),
+        run.precision,
+        bf16=run.training.bf16,
+        recomputes=run.parallel.recompute_granularity != "none",
+        compiles=run.parallel.compile_blocks,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _on_meta(shape: ModelShape) -> NucleusTransformer:
+    with torch.device("meta"):
+        return NucleusTransformer(shape)
 
 
 def peak_flops(run: RunConfig) -> float:
     """Matmul peak of the planned GPU in the run's precision, FLOP/s."""
     dtype = torch.bfloat16 if run.training.bf16 else torch.float32
     given = run.training.peak_tflops
+    if given is not None and not 0 < given < float("inf"):
+        raise ConfigError(f"--peak-tflops {given}: must be a number > 0")
     return given * 1e12 if given else gpu_of(gpu_name(run)).peak_flops(dtype)
 
 
@@ -171,15 +226,17 @@ def assess(run: RunConfig, plan: PlanConfig, work: memory.Work) -> Plan:
     """Memory and time of a step."""
     gpu = gpu_of(gpu_name(run))
     speed = step_time.rates(
-        gpu, peak_flops(run), plan.matmul_efficiency, plan.attention_efficiency, plan.memory_efficiency
-    )
+        gpu, peak_flops(run), plan.matmul_efficiency, plan.attention_efficiency, plan.memory_efficiency,
+        fp8=run.precision.fp8 != "none",
+    )  # fmt: skip
     links = Links(
         gpu.link_bytes_per_s * plan.link_efficiency,
         network_bytes_per_s(plan.network) * plan.link_efficiency,
         plan.gpus_per_node,
     )
     usable = gpu.memory_bytes * (1 - plan.memory_margin_frac) - plan.other_memory_gib * 2**30
-    return Plan(work, memory.peak(work), step_time.forecast(work, speed, links), int(usable))
+    largest = largest_of(run, plan, work)
+    return Plan(work, largest, memory.peak(largest), step_time.forecast(work, speed, links), int(usable))
 
 
 def figures(run: RunConfig, plan: PlanConfig, result: Plan) -> dict:
@@ -187,10 +244,10 @@ def figures(run: RunConfig, plan: PlanConfig, result: Plan) -> dict:
     work, time = result.work, result.time
     shape, batch = work.shape, work.batch
     per_image = flops.forward_flops_per_image(shape, batch.tokens, batch.text_tokens)
-    images = work.layout.world * work.accumulation * batch.images
-    step_flops = 3 * images * sum(per_image.values())
+    step_images = work.layout.world * work.accumulation * batch.images
+    step_flops = 3 * step_images * sum(per_image.values())
     fsdp = traffic.fsdp_bytes(work)
-    phases = {name: m._asdict() | {"total": m.total} for name, m in memory.moments(work).items()}
+    phases = {name: m._asdict() | {"total": m.total} for name, m in memory.moments(result.largest).items()}
     return {
         "parameters": count_parameters(shape),
         "active_parameters": flops.active_parameter_count(shape),
@@ -205,7 +262,7 @@ def figures(run: RunConfig, plan: PlanConfig, result: Plan) -> dict:
         "muon_bytes_per_rank_per_step": work.muon().sent_bytes,
         "step_s": time.step_s,
         "step_parts_s": dataclasses.asdict(time),
-        "samples_per_s": images / time.step_s,
+        "samples_per_s": step_images / time.step_s,
         "mfu": step_flops / (time.step_s * work.layout.world * peak_flops(run)),
         "model_flops_per_step": step_flops,
         "hardware_flops_per_step": work.layout.world * sum(flops.hardware_flops(work).values()),
@@ -220,7 +277,11 @@ def figures(run: RunConfig, plan: PlanConfig, result: Plan) -> dict:
         "recompute_granularity": work.recompute,
         "tokens": batch.tokens,
         "text_tokens": batch.text_tokens,
+        "largest_bucket_tokens": result.largest.batch.tokens,
         "dtype": "bf16" if work.bf16 else "fp32",
+        "fp8": work.fp8,
+        "master_weights": run.optimizer.master_weights,
+        "state_dtype": run.optimizer.state_dtype,
         "notes": notes(run, work),
     }
 
@@ -228,8 +289,20 @@ def figures(run: RunConfig, plan: PlanConfig, result: Plan) -> dict:
 def notes(run: RunConfig, work: memory.Work) -> list[str]:
     """What of these settings the plan does not know."""
     out = []
-    if run.parallel.moe_token_dispatcher_type != "alltoall":
-        out.append(f"{run.parallel.moe_token_dispatcher_type}: planned as an equal-split all-to-all")
+    if work.exchange != "alltoall":
+        buffers = "ElasticBuffer" if work.exchange == "deepep" else "HybridEPBuffer"
+        out.append(
+            f"{work.exchange}: memory by what our adapter allocates, without the library's own {buffers}; bytes and "
+            "time as if no token shared its way with another expert's, so the most it can send"
+        )
+    if work.fp8 == "emulated":
+        out.append(
+            "emulated FP8: time is that of hardware products, which it has not; its copies are planned roughly"
+        )
+    elif work.fp8 != "none":
+        out.append(
+            f"FP8 of {work.fp8}: what it keeps is read from its sources, not measured; MFU is of the bf16 peak"
+        )
     if work.bf16 and work.plain & {"modulated_layer_norm", "gated_residual_norm"}:
         out.append("plain LayerNorm: autocast gives fp32 on CUDA, which takes more memory than planned")
     return out

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megatron_nucleus.core.optimizer.param_groups import NO_SPLIT
 from megatron_nucleus.training.planning.devices import Gpu, Links
-from megatron_nucleus.training.planning.ledger import FP32_BYTES, Ledger, Op
+from megatron_nucleus.training.planning.ledger import Ledger, Op
 from megatron_nucleus.training.planning.memory import Work
 from megatron_nucleus.training.planning.parameters import ROOT, MuonWork, parameters
 from megatron_nucleus.training.planning.traffic import FsdpGroup, exchange_bytes, fsdp_groups
@@ -27,12 +27,16 @@ MUON_PASSES, ADAMW_PASSES, CLIP_PASSES = 10.0, 7.0, 3.0
 
 
 class Rates(NamedTuple):
-    """What a GPU reaches. matmul, attention: FLOP/s; memory: bytes/s; optimizer: FLOP/s of Newton-Schulz."""
+    """What a GPU reaches. matmul, attention: FLOP/s; memory: bytes/s; optimizer: FLOP/s of Newton-Schulz.
+
+    matmul8: FLOP/s of 8-bit operands; 0 where nothing is multiplied so.
+    """
 
     matmul: float
     attention: float
     memory: float
     optimizer: float
+    matmul8: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +65,22 @@ class StepTime:
 
 
 def rates(
-    gpu: Gpu, peak_flops: float, matmul_frac: float, attention_frac: float, memory_frac: float
+    gpu: Gpu,
+    peak_flops: float,
+    matmul_frac: float,
+    attention_frac: float,
+    memory_frac: float,
+    fp8: bool = False,
 ) -> Rates:
-    """Achieved rates from peaks and shares."""
+    """Achieved rates from peaks and shares. fp8: whether 8-bit products are formed.
+
+    Raises:
+        ConfigError: they are, and the GPU has none.
+    """
     matmul = peak_flops * matmul_frac
-    return Rates(matmul, peak_flops * attention_frac, gpu.memory_bytes_per_s * memory_frac, matmul)
+    matmul8 = gpu.peak_fp8_flops() * matmul_frac if fp8 else 0.0
+    memory = gpu.memory_bytes_per_s * memory_frac
+    return Rates(matmul, peak_flops * attention_frac, memory, matmul, matmul8)
 
 
 def moe_span_s(exchange_s: float, shared_s: float, experts_s: float, chunks: int, overlap: bool) -> float:
@@ -178,7 +193,9 @@ class _Forecast:
 
     def _again_s(self, block: Ledger) -> float:
         """Recomputation of a block."""
-        kinds = {"none": (), "selective": ("cheap",), "full": ("cheap", "costly")}[self.work.recompute]
+        kinds = {"none": (), "selective": ("cheap",), "full": ("cheap", "costly", "passing")}[
+            self.work.recompute
+        ]
         return sum(self._op_s(block, op) for op in block.ops if op.result in kinds)
 
     def _seconds(self, part: Ledger, backward: bool = False) -> float:
@@ -194,9 +211,12 @@ class _Forecast:
             return 0.0
         names = (*op.reads, *op.writes, *(op.saves if backward else op.inner))
         moved = sum(part.bytes[n] for n in names) + op.weight_values * part.numerics.bytes
-        rate = self.speed.attention if op.kind == "attention" else self.speed.matmul
+        rate = {"attention": self.speed.attention, "matmul8": self.speed.matmul8}.get(
+            op.kind, self.speed.matmul
+        )
         flops = op.grad_flops if backward else op.flops
-        return max(flops / rate, moved / self.speed.memory)
+        casts = op.grad_cast_bytes if backward else op.cast_bytes
+        return max(flops / rate, moved / self.speed.memory) + casts / self.speed.memory
 
     def _optimizer(self) -> tuple[float, float, float]:
         """(Muon, AdamW and clipping, exchanges of Muon)."""
@@ -205,7 +225,8 @@ class _Forecast:
         everything = [p for p in parameters(work.shape, work.optimizer) if p.trained]
         stored = sum(p.stored(work.layout) for p in everything)
         adamw = sum(p.stored(work.layout) for p in everything if p.split == NO_SPLIT)
-        passes = FP32_BYTES / self.speed.memory
+        # Weights and gradients are as many of the values that pass as averages.
+        passes = (work.weight_bytes + work.state_bytes) / 2 / self.speed.memory
         muon_s = muon.flops / self.speed.optimizer + MUON_PASSES * muon.values * passes
         other_s = (ADAMW_PASSES * adamw + CLIP_PASSES * stored) * passes
         shard = ("gather", "return")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +26,14 @@ import torch
 from megatron_nucleus.training.benchmark.breakdown import Step
 from megatron_nucleus.training.profiling.kernels import kernel_rows, table
 from megatron_nucleus.training.profiling.ranges import ProfilerRanges, nvtx_ranges
-from megatron_nucleus.training.profiling.regions import SILENT, Sink
+from megatron_nucleus.training.profiling.regions import REGIONS, SILENT, STEP_PARTS, Sink
 from megatron_nucleus.utils.config import knob
 from megatron_nucleus.utils.errors import ConfigError
 from megatron_nucleus.utils.files import write_atomic, write_json_atomic
 
 REGIONS_LINE = "regions"
+OURS = frozenset((*STEP_PARTS, *REGIONS))  # FSDP and the collectives name ranges of their own
+FILES = ("trace.json", "kernels.md", "profile.json", "memory.json", "memory.pickle")
 MEMORY_EVENTS = 200_000  # of the GPU allocator's history: some 100 MB in the file; own choice
 
 
@@ -58,10 +61,17 @@ def start_up_check(config: ProfileConfig) -> None:
     """Refuse what cannot work here, before a model is built.
 
     Raises:
-        ConfigError: NVTX ranges without a GPU.
+        ConfigError: NVTX ranges without a GPU, or a folder that cannot be made or written to.
     """
     if config.nvtx:
         nvtx_ranges()
+        return
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {config.output}: {error.strerror}; name another folder") from None
+    if not os.access(config.output, os.W_OK):
+        raise ConfigError(f"--output {config.output}: no right to write there; name another folder")
 
 
 def profile_step(step: Step, config: ProfileConfig, device: torch.device, rank: int = 0) -> dict:
@@ -81,7 +91,8 @@ def profile_step(step: Step, config: ProfileConfig, device: torch.device, rank: 
         for _ in range(config.profile_steps):
             step(SILENT)
         return {}
-    config.output.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # of an earlier profile, whose files need not be the same
+        (config.output / name).unlink(missing_ok=True)
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_gpu:
@@ -141,11 +152,13 @@ def _write(profile: torch.profiler.profile, config: ProfileConfig, on_gpu: bool)
 
 
 def regions_of(profile: torch.profiler.profile, steps: int) -> dict[str, dict[str, float]]:
-    """Calls and seconds per step of each named region, as the host saw them, by time."""
+    """Calls and seconds per step of each of `OURS`, as the host saw them, by time."""
     rows = [
         r
         for r in profile.key_averages()
-        if getattr(r, "is_user_annotation", False) and r.device_type == torch.autograd.DeviceType.CPU
+        if getattr(r, "is_user_annotation", False)
+        and r.key in OURS
+        and r.device_type == torch.autograd.DeviceType.CPU
     ]
     rows.sort(key=lambda r: (-r.cpu_time_total, r.key))
     return {r.key: {"calls": r.count / steps, "total_s": r.cpu_time_total / 1e6 / steps} for r in rows}
@@ -155,12 +168,13 @@ def tidy_trace(path: Path) -> None:
     """Put the named regions of a Chrome trace on a line of their own, and leave out the host's name.
 
     In the backward pass a region begins inside of one operator's event and ends inside of another's. Viewers drop
-    events that overlap without nesting; on their own line the regions nest.
+    events that overlap without nesting; on their own line the regions nest. Ranges of others (FSDP's, those of
+    collectives, which end when the network does) stay on the lines of their threads.
     """
     trace = json.loads(path.read_text())
     trace.pop("host_name", None)
     for event in trace["traceEvents"]:
-        if event.get("cat") == "user_annotation" and event.get("ph") == "X":
+        if event.get("cat") == "user_annotation" and event.get("ph") == "X" and event["name"] in OURS:
             event["tid"] = REGIONS_LINE
     write_atomic(path, json.dumps(trace))
 

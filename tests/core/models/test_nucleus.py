@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import PRESETS, ModelConfig, resolve_shape
 from megatron_nucleus.types import TextFeatures
 from megatron_nucleus.utils import config as config_lib
 from megatron_nucleus.utils.errors import ConfigError
+from tests.shapes import TINY
 
 DEMO = PRESETS["demo"]
 
@@ -221,3 +223,32 @@ def test_impossible_architectures_are_refused(override, message):
 def test_one_capacity_factor_stands_for_every_layer():
     shape = resolve_shape(ModelConfig(preset="demo", num_layers=6, capacity_factors=(1.5,)))
     assert shape.capacity_factors == (1.5,) * 6
+
+
+class _Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape
+        return op(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_text_features_once_and_the_blocks_keep_one_copy():
+    model, shape = NucleusTransformer(TINY), (2, 7, TINY.text_dim)
+    latents = torch.randn(2, 16, TINY.patch_channels)
+    kept = set()
+
+    def note(tensor):
+        kept.update([(tensor.data_ptr(), tensor.dtype)] if tensor.numel() == math.prod(shape) else [])
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), _Casts(shape) as casts, hooks:
+        model(latents, torch.rand(2), TextFeatures(torch.randn(shape)), (4, 4))
+    assert casts.count == 1
+    assert {dtype for _, dtype in kept} == {torch.bfloat16}
+    assert len(kept) == 1 < len(model.blocks)

@@ -8,8 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_nucleus.core.optimizer.clip import clip_gradients, local_square_sum, scale_gradients
+from megatron_nucleus.core.optimizer.clip import (
+    ClipOps,
+    clip_gradients,
+    local_square_sum,
+    resolve_clip,
+    scale_gradients,
+)
 from megatron_nucleus.core.optimizer.schedule import ScheduleConfig, build_schedule
+from megatron_nucleus.ops import grad_norm, registry
 from megatron_nucleus.utils.errors import ConfigError
 
 
@@ -110,3 +117,33 @@ def test_without_gradients_the_norm_is_zero():
     assert float(local_square_sum([])) == 0.0
     assert local_square_sum([nn.Parameter(torch.zeros(2))]).dtype == torch.float64
     assert float(clip_gradients([nn.Parameter(torch.zeros(2))], 1.0).norm) == 0.0
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "extension"])
+def test_every_backend_clips_alike(backend):
+    reason = None if backend == "auto" else registry.why_unavailable("square_sum", backend, device_type="cpu")
+    if reason is not None:
+        pytest.skip(f"{backend} {reason}")
+    params, others = make_params(10.0), make_params(10.0)
+    ops = resolve_clip(backend, params)
+    norms = [clip_gradients(params, 1.0, ops=ops).norm, clip_gradients(others, 1.0).norm]
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0.0)
+    for a, b in zip(params, others, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0.0)
+
+
+def test_a_backend_without_scaling_leaves_it_to_torch_and_one_that_is_not_there_is_an_error():
+    params = make_params(1.0)
+    assert resolve_clip("torch", params) == ClipOps() == resolve_clip("auto", [])
+    assert resolve_clip("auto", params).scale_ is grad_norm.scale_
+    with pytest.raises(ConfigError, match="square_sum backend 'extension_cuda'"):
+        resolve_clip("extension_cuda", params)
+
+
+def test_a_factor_of_one_touches_no_gradient():
+    """Clipping that has nothing to clip; on a CPU the factor costs nothing to look at."""
+    params = make_params(1e-3)
+    grads = [p.grad for p in params if p.grad is not None]
+    versions = [g._version for g in grads]
+    clip_gradients(params, 1.0)
+    assert [g._version for g in grads] == versions

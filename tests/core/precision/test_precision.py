@@ -214,6 +214,7 @@ def test_widths_must_be_multiples_of_16():
     ("settings", "words"),
     [
         (PrecisionConfig(fp8_recipe="rowwise"), ("--fp8-recipe rowwise: needs --fp8",)),
+        (PrecisionConfig(fp8_layers=("ffn", "experts")), ("--fp8-layers ffn experts: needs --fp8",)),
         (PrecisionConfig(fp8="emulated"), ("needs --fp8-recipe", "current, rowwise, blockwise, mxfp8")),
         (config("delayed"), ("--fp8-recipe delayed", "transformer_engine have it")),
         (config("rowwize"), ("did you mean rowwise?",)),
@@ -263,3 +264,14 @@ def test_libraries_need_bf16(monkeypatch):
 def test_layers_that_the_model_does_not_have_are_an_error():
     dense = dataclasses.replace(SMALL, dense_moe_strategy="all_dense")
     assert "the model has no such layers" in refused(config("rowwise", ["experts"]), on_meta(dense))
+    message = refused(config("rowwise", ["experts", "attention", "shared_experts"]), on_meta(dense))
+    assert message.startswith("--fp8-layers experts shared_experts: the model has no such layers")
+    model = apply(on_meta(dense), config("rowwise"))  # all kinds, the default: those that there are
+    assert isinstance(model.blocks[1].feed_forward.down, EmulatedLinear)
+
+
+def test_a_named_backend_of_the_experts_is_not_replaced_unasked():
+    message = refused(config("rowwise"), expert_ffn_backend="triton")
+    assert message.startswith("--expert-ffn-backend triton: --fp8 emulated multiplies the experts itself")
+    assert "--fp8-layers attention ffn shared_experts" in message
+    apply(on_meta(), config("rowwise", ["attention"]), expert_ffn_backend="triton")

@@ -14,12 +14,14 @@ from megatron_nucleus.core.kernels import KernelConfig, resolve_kernels
 from megatron_nucleus.core.models.nucleus import NucleusTransformer
 from megatron_nucleus.core.models.presets import PRESETS, ModelShape
 from megatron_nucleus.core.optimizer.clip import clip_gradients
-from megatron_nucleus.core.optimizer.optimizer import OptimizerConfig, build_optimizer
+from megatron_nucleus.core.optimizer.optimizer import STORED_DTYPES, OptimizerConfig, build_optimizer
 from megatron_nucleus.core.parallel_state import ParallelConfig, make_layout
 from megatron_nucleus.core.parallelize import materialise, parallelize
+from megatron_nucleus.core.precision.precision import PrecisionConfig, apply_precision
 from megatron_nucleus.training.losses import flow_loss_per_image, router_z_loss
 from megatron_nucleus.training.planning.ledger import FUSABLE, MicroBatch, plain_operations
 from megatron_nucleus.training.planning.memory import Work
+from megatron_nucleus.training.planning.plan import STORED_BYTES
 from megatron_nucleus.types import TextFeatures
 from megatron_nucleus.utils.tensors import local
 from tests.core.parallel_cases import join
@@ -31,7 +33,7 @@ WIDE = dataclasses.replace(SHAPE, num_attention_heads=8, num_layers=3, capacity_
 
 
 class Case(NamedTuple):
-    """A step. plain: every operation in plain torch."""
+    """A step. plain: every operation in plain torch. stored: dtypes of weights and of the optimizer's averages."""
 
     shape: ModelShape = SHAPE
     images: int = 2
@@ -45,6 +47,9 @@ class Case(NamedTuple):
     replicate: int = 1
     reshard: bool = True
     chunks: int = 1
+    stored: tuple[str, str] = ("fp32", "fp32")
+    fp8: PrecisionConfig = PrecisionConfig()
+    dispatcher: str = "alltoall"
 
 
 class Measured(NamedTuple):
@@ -73,6 +78,11 @@ def work_of(case: Case, world: int = 1) -> Work:
         case.chunks,
         muon_bytes=4,
         device_type="cpu",
+        exchange=case.dispatcher,
+        fp8=case.fp8.fp8,
+        fp8_layers=frozenset(case.fp8.fp8_layers),
+        weight_bytes=STORED_BYTES[case.stored[0]],
+        state_bytes=STORED_BYTES[case.stored[1]],
     )
 
 
@@ -96,10 +106,13 @@ def model_of(case: Case) -> NucleusTransformer:
         recompute_granularity=case.recompute,
         reshard_after_forward=case.reshard,
         moe_overlap_chunks=case.chunks,
+        moe_token_dispatcher_type=case.dispatcher,
     )
     parallel = join(config, case.shape)
     with torch.device("meta"):
         model = NucleusTransformer(case.shape, resolve_kernels(KernelConfig(**names)))
+    apply_precision(model, case.fp8, device_type="cpu", bf16=case.bf16)
+    model.to(STORED_DTYPES[case.stored[0]])
     parallelize(model, config, parallel, bf16=case.bf16)
     materialise(model, parallel.device, seed=0)
     return model
@@ -132,7 +145,8 @@ def measure(case: Case) -> Measured:
     One step alone would not do: the profiler misses an event now and then, such as what a thread of gloo lets go of.
     """
     model = model_of(case)
-    optimizer, step = build_optimizer(model, OptimizerConfig()), Step(case, model)
+    config = OptimizerConfig(master_weights=case.stored[0], state_dtype=case.stored[1])
+    optimizer, step = build_optimizer(model, config), Step(case, model)
     group = dist.group.WORLD if dist.is_initialized() else None
     held = [*model.parameters(), *optimizer.tensors().values()]
     steady = _bytes(held)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_nucleus.core.parallel_state import make_layout
+from megatron_nucleus.core.precision.precision import PrecisionConfig
 from megatron_nucleus.training.planning import liveness, memory
 from megatron_nucleus.training.planning.ledger import MicroBatch
 from megatron_nucleus.training.planning.parameters import parameters
@@ -19,9 +20,9 @@ MANY_IMAGES = {"images": 64, "grid": (4, 4), "text_tokens": 32}
 NARROW_GRID = {"grid": (4, 4), "text_tokens": 16}
 
 
-def kept_by_plan(case: Case) -> int:
+def kept_by_plan(case: Case, world: int = 1) -> int:
     """Between forward and backward pass, without what the batch itself holds."""
-    walk = memory._Walk(work_of(case))
+    walk = memory._Walk(work_of(case, world))
     inputs = {"raw_text", "rotations"}
     stem = liveness.size(walk.stem, liveness.saved(walk.stem) - inputs)
     head = liveness.size(walk.head, liveness.saved(walk.head))
@@ -128,3 +129,19 @@ def test_recomputation_and_smaller_batches_take_less():
     assert totals[0] > totals[1] > totals[2]
     small = dataclasses.replace(plans[0], batch=MicroBatch(1, 256, 40))
     assert memory.peak(small).activations < 0.6 * memory.peak(plans[0]).activations
+
+
+B16 = ("bf16", "bf16")
+EMULATED = PrecisionConfig(fp8="emulated", fp8_recipe="rowwise")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(bf16=True, stored=B16, shape=WIDE, **NARROW_GRID),
+        Case(bf16=True, stored=("fp32", "bf16"), shape=WIDE, accumulation=2, **NARROW_GRID),
+        Case(bf16=True, fp8=EMULATED, recompute="selective"),
+    ],
+)
+def test_narrow_weights_averages_and_products(case):
+    check(case, [measure(case)])
