@@ -164,6 +164,8 @@ def check(run: RunConfig) -> None:
                 f"--keep-last-weights {t.keep_last_weights}: is for checkpoints older than --keep-last-checkpoints N; "
                 "give N as well"
             )
+    if run.optimizer.master_weights == "bf16" and not t.bf16:
+        raise ConfigError("--master-weights bf16: bf16 weights are multiplied in bf16; give --bf16, too")
     if t.init_optimizer and t.init_from is None:
         raise ConfigError(
             "--init-optimizer: needs --init-from, the checkpoint whose optimizer state it takes"

@@ -75,7 +75,7 @@ def initialize(run: RunConfig) -> ParallelState:
     layout = make_layout(
         world, experts=experts, ep=p.expert_model_parallel_size, replicate=p.data_parallel_replicate_size
     )
-    _check_stored_dtype(run, batch_split(run, world)[1])
+    _check_accumulation(run, batch_split(run, world)[1])
     local_rank = environment_number("LOCAL_RANK", 0)
     device = pick_device(t.device)
     if world == 1:
@@ -89,13 +89,9 @@ def initialize(run: RunConfig) -> ParallelState:
     return create_groups(layout, device, local_rank, timeout_s)
 
 
-def _check_stored_dtype(run: RunConfig, accumulation: int) -> None:
-    """Whether the run computes as its weights are stored, and their gradients can be summed in that dtype."""
-    if run.optimizer.master_weights != "bf16":
-        return
-    if not run.training.bf16:
-        raise ConfigError("--master-weights bf16: bf16 weights are multiplied in bf16; give --bf16, too")
-    if accumulation > MAX_BF16_ACCUMULATION:
+def _check_accumulation(run: RunConfig, accumulation: int) -> None:
+    """Whether gradients can be summed in the dtype of the weights."""
+    if run.optimizer.master_weights == "bf16" and accumulation > MAX_BF16_ACCUMULATION:
         raise ConfigError(
             f"--master-weights bf16: a rank would sum {accumulation} micro-batches in bf16, where small addends get "
             f"lost; at most {MAX_BF16_ACCUMULATION}: give a larger --micro-batch-size, more ranks, or fp32"

@@ -107,9 +107,8 @@ class NucleusTransformer(nn.Module):
         """Without the norm's weight, which each block folds into its own first projection."""
         weight_U, kind = self.text_norm.weight, text_BLU.device.type
         features_BLU = self.kernels.rms_norm(text_BLU, torch.ones_like(weight_U), EPS)
-        if torch.is_autocast_enabled(
-            kind
-        ):  # once, and not anew in each block's product, which would keep a copy
+        # Cast once, and not anew in each block's product, which would keep a copy. Meta tensors know no autocast.
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             features_BLU = features_BLU.to(torch.get_autocast_dtype(kind))
         return NormalisedText(features_BLU, weight_U)
 

@@ -152,8 +152,6 @@ def work_with(
     if run.precision.fp8 != "none" or run.precision.fp8_recipe is not None:
         check_precision(run, shape)
     p, o = run.parallel, run.optimizer
-    if o.master_weights == "bf16" and not run.training.bf16:
-        raise ConfigError("--master-weights bf16: bf16 weights are multiplied in bf16; give --bf16, too")
     choices = {
         f.name.removesuffix("_backend"): getattr(run.kernels, f.name) for f in dataclasses.fields(run.kernels)
     }
