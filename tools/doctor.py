@@ -18,6 +18,7 @@ from megatron_nucleus.core.optimizer import adamw
 from megatron_nucleus.core.precision import precision
 from megatron_nucleus.data import decoders
 from megatron_nucleus.ops import registry
+from megatron_nucleus.ops.table import OF_THE_OPTIMIZER
 from megatron_nucleus.utils.cli import add_json_flag, print_json, run
 from megatron_nucleus.utils.config import Parser
 from megatron_nucleus.utils.devices import DTYPES
@@ -112,8 +113,12 @@ def gpus() -> list[dict]:
 def backend_table(device: str, dtype: torch.dtype | None, sizes: registry.Sizes | None) -> list[dict]:
     """One row per operation and backend; ``chosen`` marks what ``auto`` resolves to on ``device``."""
     rows = []
-    asked = {"device_type": device, "dtype": dtype, "sizes": sizes}
     for op in registry.operations():
+        asked = {
+            "device_type": device,
+            "dtype": None if op in OF_THE_OPTIMIZER else dtype,
+            "sizes": sizes,
+        }
         chosen = registry.choose(op, "auto", **asked).backend
         for row in registry.backends(op):
             reason = registry.why_unavailable(op, row.backend, **asked)

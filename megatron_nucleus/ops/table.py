@@ -41,6 +41,9 @@ _SHORT = "float32 bfloat16 float16"
 _HALF = "bfloat16 float16"
 _UNRUN = "never run by this project"
 
+# Operations of the optimizer: they see weights and gradients in the dtypes these are stored in, not activations.
+OF_THE_OPTIMIZER = ("orthogonalize", "stochastic_round", "square_sum", "scale_")
+
 # fmt: off
 ROWS = (
     Row("moe_gather",           "torch",     _OPS + "moe_rows:gather_rows",      _ALL, _FLOATS, "index_select"),

@@ -47,6 +47,16 @@ def test_report_lists_every_backend_with_its_state():
     assert any("backends on cpu" in line for line in text)
 
 
+def test_the_published_model_in_its_own_dtype_has_a_backend_for_every_operation():
+    """Operations of the optimizer work on fp32 weights, whatever the activations are."""
+    done = doctor("--json", "--device", "cuda", "--preset", "nucleus_image_17b")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["backends"]
+    assert {r["op"] for r in rows if r["chosen"]} == set(registry.operations())
+    refused = {r["backend"]: r["reason"] for r in rows if r["op"] == "square_sum"}
+    assert "bfloat16" not in str(refused)
+
+
 def test_a_models_sizes_change_the_answer_and_recorded_libraries_are_listed():
     done = doctor("--json", "--device", "cuda", "--preset", "demo", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
