@@ -34,12 +34,9 @@ def scale_(factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Multiply all tensors by ``factor`` in place, and return them.
 
     Args:
-        factor: fp32 scalar (fp64 for fp64 tensors) on the tensors' device. The device is not waited for; on a CPU a
-            factor of 1 moves no bytes.
+        factor: fp32 scalar (fp64 for fp64 tensors) on the tensors' device. It is not read on the host.
         tensors: any floating dtype; results are rounded to it once.
     """
-    if factor.device.type == "cpu" and factor == 1:
-        return tensors
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)

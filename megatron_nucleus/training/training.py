@@ -324,8 +324,7 @@ class Loop:
         if applies:
             self.watch.at(state.step + 1, "optimizer")
             with self.optimizer_timer.measure():
-                norm = torch.full((), report.grad_norm, device=self.parallel.device)
-                scale_gradients(params, norm, run.optimizer.clip_grad, state.optimizer.clip_ops)
+                scale_gradients(params, report.grad_norm, run.optimizer.clip_grad, state.optimizer.clip_ops)
                 state.optimizer.step(lr)
         state.step += 1
         state.samples_seen += raw.step_samples

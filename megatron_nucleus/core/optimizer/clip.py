@@ -21,6 +21,7 @@ class ClipOps(NamedTuple):
 
 
 TORCH_OPS = ClipOps()
+_CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 def resolve_clip(backend: str, params: Iterable[nn.Parameter]) -> ClipOps:
@@ -73,19 +74,24 @@ def local_square_sum(params: Iterable[nn.Parameter], ops: ClipOps = TORCH_OPS) -
 
 @torch.no_grad()
 def scale_gradients(
-    params: Iterable[nn.Parameter], norm: Tensor, max_norm: float, ops: ClipOps = TORCH_OPS
+    params: Iterable[nn.Parameter], norm: Tensor | float, max_norm: float, ops: ClipOps = TORCH_OPS
 ) -> None:
     """Scale all gradients by min(1, max_norm/norm) in place.
 
     Args:
         params: parameters; those without a gradient are left out.
-        norm: global norm, a scalar tensor on the gradients' device.
+        norm: global norm, a scalar tensor on the gradients' device, or a number of the host: then gradients that need
+            no scaling are not touched.
         max_norm: largest global norm; 0 leaves the gradients as they are.
     """
     grads = shards.local(p.grad for p in params if p.grad is not None)
-    if max_norm > 0 and grads:
-        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # 1e-6: as torch.nn.utils.clip_grad_norm_
-        ops.scale_(factor, *grads)
+    if not (max_norm > 0 and grads):
+        return
+    if isinstance(norm, float):
+        if norm + _CLIP_EPS <= max_norm:
+            return
+        norm = torch.full((), norm, device=grads[0].device)
+    ops.scale_((max_norm / (norm + _CLIP_EPS)).clamp_(max=1.0), *grads)
 
 
 def clip_gradients(

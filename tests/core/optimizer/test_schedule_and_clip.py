@@ -140,10 +140,15 @@ def test_a_backend_without_scaling_leaves_it_to_torch_and_one_that_is_not_there_
         resolve_clip("extension_cuda", params)
 
 
-def test_a_factor_of_one_touches_no_gradient():
-    """Clipping that has nothing to clip; on a CPU the factor costs nothing to look at."""
-    params = make_params(1e-3)
+def test_a_norm_of_the_host_scales_alike_and_leaves_small_gradients_untouched():
+    params, others = make_params(10.0), make_params(10.0)
+    norm = clip_gradients(others, 1.0).norm
+    scale_gradients(params, float(norm), 1.0)
+    for a, b in zip(params, others, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.equal(a.grad, b.grad)
+
     grads = [p.grad for p in params if p.grad is not None]
     versions = [g._version for g in grads]
-    clip_gradients(params, 1.0)
+    scale_gradients(params, 0.5, 1.0)
     assert [g._version for g in grads] == versions

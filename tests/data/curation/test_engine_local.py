@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 
-from megatron_nucleus.data.curation.engines import WorkerDied
+import pytest
+
+from megatron_nucleus.data.curation.engines import WorkerDied, local
 from megatron_nucleus.data.curation.engines.local import LocalEngine
 from tests.data.curation import toy_stages
 from tests.support import ROOT
@@ -69,3 +71,46 @@ def test_a_task_alone_that_ends_its_process():
     engine = LocalEngine(2)
     assert isinstance(engine.alone(toy_stages.die, 0), WorkerDied)
     assert engine.alone(toy_stages.square, 5) == (5, 25)
+
+
+class _Closing:
+    """A pool that fails to submit once, in the words of a pipe or of the system, then works."""
+
+    def __init__(self, error: OSError):
+        self.error: OSError | None = error
+
+    def open(self, *shape):
+        pool = _POOL(*shape)
+        submit = pool.submit
+
+        def fail_once(*args):
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+            return submit(*args)
+
+        pool.submit = fail_once
+        return pool
+
+
+_POOL = local._pool
+
+
+def test_a_pool_that_is_just_being_taken_down_loses_no_task(monkeypatch):
+    """Between a worker's death and the pool's own verdict its pipes are closed already."""
+    monkeypatch.setattr(local, "_pool", _Closing(OSError("handle is closed")).open)
+    engine = LocalEngine(2)
+    try:
+        assert dict(engine.map(toy_stages.square, range(6))) == {n: (n, n * n) for n in range(6)}
+    finally:
+        engine.close()
+
+
+def test_the_systems_own_refusal_is_told(monkeypatch):
+    monkeypatch.setattr(local, "_pool", _Closing(OSError(24, "Too many open files")).open)
+    engine = LocalEngine(2)
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            dict(engine.map(toy_stages.square, range(6)))
+    finally:
+        engine.close()

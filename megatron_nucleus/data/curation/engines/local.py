@@ -41,7 +41,7 @@ class LocalEngine:
             pool = self._open(workers, gpus)
             try:
                 while len(running) < 2 * workers and submitted < len(tasks):
-                    running[pool.submit(function, tasks[submitted])] = tasks[submitted]
+                    running[_submit(pool, function, tasks[submitted])] = tasks[submitted]
                     submitted += 1
                 if not running:
                     return
@@ -57,7 +57,7 @@ class LocalEngine:
         """See `engines.Engine`; always in a process of its own."""
         with _pool(1, gpus) as pool:
             try:
-                return pool.submit(function, task).result()
+                return _submit(pool, function, task).result()
             except BrokenProcessPool:
                 return _DIED
 
@@ -88,6 +88,16 @@ def _pool(workers: int, gpus: float = 0.0) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(started, gpus)
     )
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Any], Any], task: Any) -> Future:
+    """``pool.submit``. While a pool is taken down after a death, its pipes may fail before it says it is broken."""
+    try:
+        return pool.submit(function, task)
+    except OSError as error:
+        if error.errno is not None:  # the system's own: no memory or no file descriptor for another process
+            raise
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _start_worker(started: Any, gpus: float) -> None:
